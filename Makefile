@@ -1,0 +1,51 @@
+# Two commands matter:  make train   trains, evaluates and reports the quickstart run
+#                       make test    runs the whole test suite
+# Both set up .venv first, from a clean clone with nothing else done.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Only what the venv itself holds: a user's PYTHONPATH or pip configuration of packages must not leak in.
+export PYTHONNOUSERSITE := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup train test lint format ablation clean
+
+help:
+	@sed -n '1,3p' Makefile
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; Debian/Ubuntu: apt-get install python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed" >&2; exit 2; }
+	@command -v c++ >/dev/null || { echo "error: no C++ compiler; Debian/Ubuntu: apt-get install g++" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "error: no Python headers; Debian/Ubuntu: apt-get install python3-dev" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "error: venv failed; Debian/Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 2; }
+	$(BIN)/pip install --upgrade --quiet pip
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+data/emoji/dataset.json: | $(INSTALLED)
+	$(BIN)/pinclip data emoji --out data/emoji
+
+train: $(INSTALLED) data/emoji/dataset.json
+	$(BIN)/deepspeed train.py --config configs/quickstart.toml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ablation: $(INSTALLED) data/emoji/dataset.json
+	$(BIN)/pinclip ablation --config configs/quickstart.toml --seeds 3 --out runs/ablation
+
+clean:
+	rm -rf build *.egg-info runs

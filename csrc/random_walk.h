@@ -1,0 +1,32 @@
+// Random walks with restart over the Pin-Board graph. See pinclip/ops/random_walk.py for the law of a walk.
+#pragma once
+
+#include <cstdint>
+
+namespace pinclip {
+
+// Borrowed pointers into a valid graph: indices in range, both directions holding the same edges.
+template <typename Index>
+struct WalkGraph {
+  const int64_t* pin_indptr;    // [P + 1]
+  const Index* pin_boards;      // [E]
+  const int64_t* board_indptr;  // [B + 1]
+  const Index* board_pins;      // [E]
+  const int32_t* board_cdf;     // [E], or null: boards equally likely
+};
+
+struct WalkPlan {
+  const int64_t* starts;      // [num_starts], a pin or -1
+  const int64_t* first_walk;  // [num_starts], or null: zero
+  int64_t num_starts;
+  int64_t walks;
+  int64_t length;
+  uint64_t restart;  // out of 2^32
+  uint64_t seed;
+};
+
+// Fills visited [num_starts, walks, length] on up to `threads` threads; the numbers do not depend on how many.
+template <typename Index>
+void random_walk(const WalkGraph<Index>& graph, const WalkPlan& plan, int64_t* visited, int threads);
+
+}  // namespace pinclip

@@ -1,0 +1,10 @@
+"""Losses over the batch of all ranks: gather, call a pair loss of `pinclip.ops`, average.
+
+Usable without DeepSpeed and without a process group. The averaging is stated in `pinclip.distributed`.
+"""
+
+from pinclip.losses.image_text import ImageTextLoss
+from pinclip.losses.neighbor import NeighborLoss
+from pinclip.losses.temperature import Temperature
+
+__all__ = ["ImageTextLoss", "NeighborLoss", "Temperature"]

@@ -1,0 +1,290 @@
+"""Packing of fusion, image and text tokens into one varlen buffer.
+
+Shapes: B pins, F fusion tokens per pin, Bi pins with an image of Ni tokens, Bt pins with a text of at most
+L tokens, T packed tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from pinclip.ops._checks import check_device, check_float, check_shape, promoted_dtype, without_autocast
+from pinclip.reference.attention import accumulation_dtype
+
+FUSION, IMAGE, TEXT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class FusionLayout:
+    """Where every token of a batch stands in the packed buffer; built on the host, once per batch.
+
+    A pin's segment is its F fusion tokens, then its Ni image tokens, then its text tokens; a modality that it
+    lacks has no token there.
+
+    cu_seqlens     int32 [B+1]      first packed row of every pin, and T
+    source         int64 [T]        row of the join of fusion (F), image (Bi*Ni) and text (Bt*L) rows
+    kind           int64 [T]        0 fusion, 1 image, 2 text: the row of the type embedding
+    fusion_slots   int64 [B, F]     packed row of every fusion token
+    image_slots    int64 [Bi, Ni]   packed row of every image token
+    text_slots     int64 [Bt, L]    packed row of every text token; T for the padding, which has none
+    max_seqlen     longest segment;  total  T
+    """
+
+    cu_seqlens: Tensor
+    source: Tensor
+    kind: Tensor
+    fusion_slots: Tensor
+    image_slots: Tensor
+    text_slots: Tensor
+    max_seqlen: int
+    total: int
+
+    @classmethod
+    def build(
+        cls,
+        batch_size: int,
+        num_fusion: int,
+        num_image: int,
+        num_text: int,
+        image_rows: Tensor | Sequence[int] | None,
+        text_rows: Tensor | Sequence[int] | None,
+        text_lengths: Tensor | Sequence[int],
+    ) -> "FusionLayout":
+        """The layout of B pins with F fusion tokens, of which image_rows [Bi] have an image of Ni tokens and
+        text_rows [Bt] a text of text_lengths [Bt] tokens, each at most L; None: all pins do.
+
+        Integers and CPU tensors in, CPU tensors out; `.to(device)` moves them.
+        """
+        image_rows = _pins("image_rows", image_rows, batch_size)
+        text_rows = _pins("text_rows", text_rows, batch_size)
+        text_lengths = torch.as_tensor(text_lengths, dtype=torch.int64, device="cpu")
+        if num_fusion < 1:
+            raise ValueError(f"num_fusion must be at least 1, but is {num_fusion}")
+        if text_lengths.shape != text_rows.shape:
+            raise ValueError(f"text_lengths must have shape {[*text_rows.shape]}, but has {[*text_lengths.shape]}")
+        if text_lengths.numel() and not 0 <= int(text_lengths.min()) <= int(text_lengths.max()) <= num_text:
+            raise ValueError(f"text_lengths must be in [0, {num_text}], but are {text_lengths.tolist()}")
+        image_length = torch.zeros(batch_size, dtype=torch.int64).index_fill_(0, image_rows, num_image)
+        text_length = torch.zeros(batch_size, dtype=torch.int64).index_copy_(0, text_rows, text_lengths)
+        length = num_fusion + image_length + text_length
+        ends = length.cumsum(0)
+        start, total = ends - length, int(length.sum())
+
+        fusion_slots = start[:, None] + torch.arange(num_fusion)
+        image_slots = (start + num_fusion)[image_rows, None] + torch.arange(num_image)
+        column = torch.arange(num_text)
+        text_slots = (start + num_fusion + image_length)[text_rows, None] + column
+        real = column < text_lengths[:, None]
+        text_slots = torch.where(real, text_slots, total)
+
+        source = torch.empty(total, dtype=torch.int64)
+        kind = torch.full((total,), FUSION, dtype=torch.int64)
+        source[fusion_slots] = torch.arange(num_fusion).expand(batch_size, -1)
+        first_image, first_text = num_fusion, num_fusion + image_slots.numel()
+        source[image_slots] = torch.arange(first_image, first_text).view(image_slots.shape)
+        kind[image_slots] = IMAGE
+        source[text_slots[real]] = torch.arange(text_slots.numel()).view(text_slots.shape)[real] + first_text
+        kind[text_slots[real]] = TEXT
+        cu_seqlens = torch.cat((ends.new_zeros(1), ends)).int()
+        max_seqlen = int(length.max()) if batch_size else 0
+        return cls(cu_seqlens, source, kind, fusion_slots, image_slots, text_slots, max_seqlen, total)
+
+    def fusion_index(self) -> Tensor:
+        """int64 [B, F]: where each pin's fusion tokens stand in the packed buffer."""
+        return self.fusion_slots
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "FusionLayout":
+        """The same layout with its tensors on `device`."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def _pins(name: str, rows: Tensor | Sequence[int] | None, batch_size: int) -> Tensor:
+    """The pins of the batch that have a modality, int64, each once and in [0, batch_size)."""
+    if rows is None:
+        return torch.arange(batch_size)
+    rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
+    if rows.dim() != 1 or rows.unique().numel() != rows.numel():
+        raise ValueError(f"{name} must be a list of different pins, but is {rows.tolist()}")
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < batch_size:
+        raise ValueError(f"{name} must be in [0, {batch_size}), but is {rows.tolist()}")
+    return rows
+
+
+def fusion_pack(
+    fusion_tokens: Tensor,
+    image: Tensor,
+    text: Tensor,
+    type_embedding: Tensor,
+    image_position: Tensor,
+    text_position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    layout: FusionLayout,
+    eps: float = 1e-6,
+) -> Tensor:
+    """packed[t] = LayerNorm(token + type + position), the tokens of every pin side by side.
+
+    fusion_tokens [F, D], the same for every pin, with a type and no position; image [Bi, Ni, D];
+    text [Bt, L, D]; type_embedding [3, D] (fusion, image, text); image_position [Ni, D]; text_position [L, D];
+    weight, bias [D] of the LayerNorm; layout: FusionLayout.build, on the tensors' device -> packed [T, D].
+    Text beyond a text's length is not read, may hold anything, and has zero gradient.
+
+    Floating dtypes may differ; the result has the dtype to which torch promotes them, and everything is
+    computed in fp32, or in fp64 where an input is fp64.  Gradients: all eight tensors; each packed row has one
+    source row, and what many rows share is summed in a fixed order.  Waits for no device.
+    Saved for backward: the inputs and two numbers per packed row.  Collectives: none.
+    Raises ValueError for shapes, dtypes or devices other than these, or than the layout's.
+    """
+    tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
+    _check(*tensors, layout)
+    slots = (layout.fusion_slots, layout.image_slots, layout.text_slots)
+    return _fusion_pack(*tensors, layout.source, layout.kind, *slots, float(eps))[0]
+
+
+def _check(
+    fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias, layout
+) -> None:
+    check_shape("fusion_tokens", fusion_tokens, (layout.fusion_slots.shape[1], None), "[F, D]")
+    width = fusion_tokens.shape[1]
+    check_shape("image", image, (*layout.image_slots.shape, width), "[Bi, Ni, D]")
+    check_shape("text", text, (*layout.text_slots.shape, width), "[Bt, L, D]")
+    check_shape("type_embedding", type_embedding, (3, width), "[3, D]")
+    check_shape("image_position", image_position, (image.shape[1], width), "[Ni, D]")
+    check_shape("text_position", text_position, (text.shape[1], width), "[L, D]")
+    check_shape("weight", weight, (width,), "[D]")
+    check_shape("bias", bias, (width,), "[D]")
+    others = {
+        "image": image,
+        "text": text,
+        "type_embedding": type_embedding,
+        "image_position": image_position,
+        "text_position": text_position,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, tensor in {"fusion_tokens": fusion_tokens, **others}.items():
+        check_float(name, tensor)
+    check_device("fusion_tokens", fusion_tokens, **others, layout=layout.source)
+
+
+@torch.library.custom_op("pinclip::fusion_pack", mutates_args=())
+@without_autocast
+def _fusion_pack(
+    fusion_tokens: Tensor,
+    image: Tensor,
+    text: Tensor,
+    type_embedding: Tensor,
+    image_position: Tensor,
+    text_position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    source: Tensor,
+    kind: Tensor,
+    fusion_slots: Tensor,
+    image_slots: Tensor,
+    text_slots: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the result, and each row's mean and 1/sqrt(var + eps), [T, 1]."""
+    tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
+    dtype = promoted_dtype(*tensors)
+    *tokens, weight, bias = (t.to(accumulation_dtype(dtype)) for t in tensors)
+    rows = _sum_in_place(*tokens, fusion_slots, image_slots, text_slots, source.shape[0])
+    packed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
+    return packed.to(dtype), mean, rstd
+
+
+@_fusion_pack.register_fake
+def _(
+    fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias, source, *_layout
+):
+    dtype = promoted_dtype(
+        fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias
+    )
+    row = image.new_empty((source.shape[0], 1), dtype=accumulation_dtype(dtype))
+    return image.new_empty((source.shape[0], weight.shape[0]), dtype=dtype), row, torch.empty_like(row)
+
+
+@torch.library.custom_op("pinclip::fusion_pack_backward", mutates_args=())
+@without_autocast
+def _fusion_pack_backward(
+    grad: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    fusion_tokens: Tensor,
+    image: Tensor,
+    text: Tensor,
+    type_embedding: Tensor,
+    image_position: Tensor,
+    text_position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    source: Tensor,
+    kind: Tensor,
+    fusion_slots: Tensor,
+    image_slots: Tensor,
+    text_slots: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> the gradients of the eight floating tensors."""
+    tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
+    *tokens, wide_weight, wide_bias = (t.to(mean.dtype) for t in tensors)
+    rows = _sum_in_place(*tokens, fusion_slots, image_slots, text_slots, source.shape[0])
+    grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad.to(mean.dtype), rows, weight.shape, mean, rstd, wide_weight, wide_bias, [True, True, True]
+    )
+    grad_fusion = grad_rows.index_select(0, fusion_slots.flatten()).view(-1, *fusion_tokens.shape).sum(0)
+    grad_image = grad_rows.index_select(0, image_slots.flatten()).view(image.shape)
+    absent = text_slots == source.shape[0]
+    there = text_slots.masked_fill(absent, 0).flatten()
+    grad_text = grad_rows.index_select(0, there).view(text.shape).masked_fill_(absent[..., None], 0.0)
+    shared = (grad_fusion, grad_image.sum(0), grad_text.sum(0))
+    grad_type = torch.stack([part.sum(0) for part in shared])
+    grads = (shared[0], grad_image, grad_text, grad_type, *shared[1:], grad_weight, grad_bias)
+    return tuple(g.to(t.dtype) for g, t in zip(grads, tensors))
+
+
+@_fusion_pack_backward.register_fake
+def _(grad, mean, rstd, *tensors_and_layout):
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors_and_layout[:8]
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:-1])
+
+
+def _gradients(ctx, grad, _grad_mean, _grad_rstd):
+    return *_fusion_pack_backward(grad, *ctx.saved_tensors), *[None] * 6
+
+
+_fusion_pack.register_autograd(_gradients, setup_context=_save)
+
+
+def _sum_in_place(
+    fusion_tokens: Tensor,
+    image: Tensor,
+    text: Tensor,
+    type_embedding: Tensor,
+    image_position: Tensor,
+    text_position: Tensor,
+    fusion_slots: Tensor,
+    image_slots: Tensor,
+    text_slots: Tensor,
+    total: int,
+) -> Tensor:
+    """token + type + position, every row in its packed place, [T, D]."""
+    # One row more than there are tokens: the text's padding lands there, and nowhere else.
+    rows = image.new_empty(total + 1, image.shape[2])
+    fusion = (fusion_tokens + type_embedding[0]).expand(fusion_slots.shape[0], -1, -1)
+    rows.index_copy_(0, fusion_slots.flatten(), fusion.flatten(0, 1))
+    rows.index_copy_(0, image_slots.flatten(), (image + (image_position + type_embedding[1])).flatten(0, 1))
+    rows.index_copy_(0, text_slots.flatten(), (text + (text_position + type_embedding[2])).flatten(0, 1))
+    return rows[:total]

@@ -1,0 +1,128 @@
+"""Cold splits: sizes, independence of order, and the proof that nothing leaks."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pinclip.errors import DataError
+from pinclip.graph.board_graph import BoardGraph
+from pinclip.graph.splits import Split, check_no_leak, cold_split
+
+IDS = [f"pin-{number}" for number in range(200)]
+
+
+def cold_ids(ids, *arguments, **options):
+    return {ids[pin] for pin in cold_split(ids, *arguments, **options).cold}
+
+
+@given(st.lists(st.text(), unique=True, max_size=30), st.floats(0, 1), st.integers(-(2**63), 2**64))
+def test_partition_of_the_right_size(ids, fraction, seed):
+    split = cold_split(ids, fraction, seed)
+    assert len(split.cold) == round(fraction * len(ids))
+    assert sorted([*split.train, *split.cold]) == list(range(len(ids)))
+    for part in (split.train, split.cold):
+        assert part.dtype == np.int64
+        assert (np.diff(part) > 0).all()
+
+
+def test_order_of_the_ids_does_not_matter():
+    shuffled = [IDS[pin] for pin in np.random.default_rng(0).permutation(len(IDS))]
+    assert cold_ids(IDS, 0.15, 3) == cold_ids(shuffled, 0.15, 3)
+
+
+def test_seeds_and_ids_decide():
+    # Two independent 15% samples of 200 share 4.5 pins on average; all 30 with probability below 1e-30.
+    assert cold_ids(IDS, 0.15, 3) != cold_ids(IDS, 0.15, 4)
+    shared = len(cold_ids(IDS, 0.15, 3) & cold_ids(IDS, 0.15, 4))
+    assert shared < 20
+
+
+def test_added_pins_move_only_the_threshold():
+    more = [*IDS, *(f"new-{number}" for number in range(20))]
+    before, after = cold_ids(IDS, 0.15, 3), cold_ids(more, 0.15, 3)
+    old = after & set(IDS)
+    assert old <= before or before <= old
+    assert len(before ^ old) <= 20
+
+
+def test_ineligible_pins_are_trained_on():
+    eligible = np.arange(len(IDS)) % 2 == 0
+    split = cold_split(IDS, 0.3, 0, eligible)
+    assert len(split.cold) == 30
+    assert eligible[split.cold].all()
+
+
+def test_refusals():
+    with pytest.raises(DataError, match="'a' is there twice"):
+        cold_split(["a", "b", "a"], 0.5, 0)
+    with pytest.raises(ValueError, match=r"fraction is 1\.5"):
+        cold_split(IDS, 1.5, 0)
+    with pytest.raises(ValueError, match="eligible has shape"):
+        cold_split(IDS, 0.5, 0, np.ones(3, bool))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.floats(0, 1))
+def test_training_graph_loses_exactly_the_cold_edges(seed, fraction):
+    rng = np.random.default_rng(seed)
+    pins, boards = rng.integers(0, 200, 500), rng.integers(0, 40, 500)
+    graph = BoardGraph.from_edges(pins, boards, 200, 40)
+    split = cold_split(IDS, fraction, seed)
+    training = split.training_graph(graph)
+    keep = ~np.isin(pins, split.cold)
+    want = BoardGraph.from_edges(pins[keep], boards[keep], 200, 40)
+    np.testing.assert_array_equal(training.pin_boards, want.pin_boards)
+    np.testing.assert_array_equal(training.board_pins, want.board_pins)
+
+
+def test_check_no_leak_sees_either_direction():
+    graph = BoardGraph.from_edges([0, 1, 2], [0, 0, 1], 3, 2)
+    clean = graph.without_pins([1])
+    check_no_leak(clean, [1])
+    with pytest.raises(DataError, match="cold pin 1 has 1 training edges"):
+        check_no_leak(graph, [1])
+    half = dataclasses.replace(clean, board_indptr=graph.board_indptr, board_pins=graph.board_pins)
+    with pytest.raises(DataError, match="cold pin 1 is on training board 0"):
+        check_no_leak(half, [1])
+
+
+def test_training_graph_refuses_another_number_of_pins():
+    with pytest.raises(ValueError, match="200 pins, the graph has 3"):
+        cold_split(IDS, 0.1, 0).training_graph(BoardGraph.from_edges([0], [0], 3, 1))
+
+
+def test_record_round_trip_in_another_order():
+    split = cold_split(IDS, 0.15, 3)
+    record = json.loads(json.dumps(split.to_dict(IDS)))
+    again = Split.from_dict(record, IDS)
+    np.testing.assert_array_equal(again.cold, split.cold)
+    np.testing.assert_array_equal(again.train, split.train)
+    back = IDS[::-1]
+    assert {back[pin] for pin in Split.from_dict(record, back).cold} == {IDS[pin] for pin in split.cold}
+
+
+@pytest.mark.parametrize(
+    "change, ids, message",
+    [
+        ({}, IDS[:-1], "another set of pins (200 then, 199 now)"),
+        ({}, [*IDS[:-1], "other"], "another set of pins"),
+        ({"format": 9}, IDS, "not a split of format 1"),
+        ({"cold": None}, IDS, "damaged split"),
+        ({"cold": ["nobody"]}, IDS, "cold pin 'nobody' is not among the pins"),
+    ],
+)
+def test_from_dict_refuses(change, ids, message):
+    record = cold_split(IDS, 0.15, 3).to_dict(IDS) | change
+    with pytest.raises(DataError) as error:
+        Split.from_dict(record, ids)
+    assert message in str(error.value)
+
+
+def test_from_dict_refuses_what_is_no_record():
+    for record in ([], None, {"format": 1}):
+        with pytest.raises(DataError):
+            Split.from_dict(record, IDS)

@@ -1,0 +1,477 @@
+import subprocess
+import sys
+
+import open_clip.loss
+import pytest
+import torch
+from pair_cases import (
+    SCALES,
+    SIZES,
+    Errors,
+    assert_close,
+    cast,
+    csr,
+    embeddings,
+    leaves,
+    pair_kinds,
+    value_and_grads,
+)
+
+import pinclip.ops._pair_tiles as pair_tiles
+from pinclip.ops.contrastive import contrastive_loss
+from pinclip.ops.pairs import Pairs
+from pinclip.reference.contrastive import contrastive_loss as reference
+
+DIRECTIONS = ("symmetric", "rows", "columns")
+KINDS = list(pair_kinds(3, 3))
+
+
+@pytest.fixture(params=[(64, 64), (512, 1024)], ids=["small_tiles", "one_tile"])
+def tiles(request, monkeypatch):
+    monkeypatch.setattr(pair_tiles, "TILE", request.param)
+
+
+def fp64(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+# The reference itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_gradcheck(kind, direction):
+    x, y = embeddings(5, 6, 4)
+    pairs = pair_kinds(5, 6)[kind]
+    dims = (2, 4) if kind == "all" else None
+
+    def loss(x, y, scale):
+        return reference(x, y, scale, pairs, direction=direction, dims=dims)
+
+    assert torch.autograd.gradcheck(loss, (*leaves(x, y), fp64(3.0).requires_grad_()))
+
+
+def test_reference_by_hand():
+    """Two rows, three columns, every feature, written out term by term."""
+    x, y = embeddings(2, 3, 4)
+    s = (5.0 * x @ y.T).tolist()
+    q = [0.1, -0.2, 0.3]
+    pairs = Pairs(
+        indptr=torch.tensor([0, 2, 3]),
+        indices=torch.tensor([0, 2, 1]),
+        weights=fp64([1.0, 3.0, 2.0]),
+        row_ids=torch.tensor([4, 5]),
+        col_ids=torch.tensor([4, 4, 5]),  # masks (0, 1) and (1, 2); (0, 0) is listed, so it stays
+        log_q_cols=fp64(q),
+        row_weights=fp64([2.0, 0.5]),
+    )
+    s = [[s[i][j] - q[j] for j in range(3)] for i in range(2)]
+    lse = [fp64([s[0][0], s[0][2]]).logsumexp(0), fp64([s[1][0], s[1][1]]).logsumexp(0)]
+    first = (1.0 * (lse[0] - s[0][0]) + 3.0 * (lse[0] - s[0][2])) / 4.0
+    second = lse[1] - s[1][1]
+    expected = (2.0 * first + 0.5 * second) / 2.5
+    for loss in (reference, contrastive_loss):
+        assert_close([loss(x, y, 5.0, pairs, direction="rows")], [expected])
+
+
+# Tiles against the reference ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("tiles")
+def test_equals_reference(kind, direction):
+    for m, n in SIZES:
+        x, y = embeddings(m, n)
+        pairs = pair_kinds(m, n)[kind]
+
+        def ours(x, y, scale, pairs=pairs):
+            return contrastive_loss(x, y, scale, pairs, direction=direction)
+
+        def truth(x, y, scale, pairs=pairs):
+            return reference(x, y, scale, pairs, direction=direction)
+
+        assert_close(value_and_grads(ours, x, y, fp64(14.3)), value_and_grads(truth, x, y, fp64(14.3)))
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "all"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_error_is_at_most_twice_that_of_plain_torch(scale, kind, monkeypatch):
+    monkeypatch.setattr(pair_tiles, "TILE", (64, 64))
+    m, n, d = 129, 127, 100
+    for dtype in (torch.float32, torch.bfloat16):
+        errors = Errors()
+        for seed in range(8):
+            x, y = embeddings(m, n, d, dtype=dtype, seed=seed)
+            s = torch.tensor(scale)
+            pairs = cast(pair_kinds(m, n)[kind], torch.float32)
+            exact = cast(pairs, torch.float64)
+            errors.add(
+                value_and_grads(lambda *a, p=pairs: contrastive_loss(*a, p), x, y, s),
+                value_and_grads(lambda *a, p=pairs: reference(*a, p), x, y, s),
+                value_and_grads(lambda *a, p=exact: reference(*a, p), x.double(), y.double(), s.double()),
+            )
+        errors.check(torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("normalizer", [None, 3.5, fp64(3.5)])
+def test_normalizer_and_matryoshka(normalizer):
+    """The loss over prefixes is the mean of the separate losses of renormalised prefixes."""
+    x, y = embeddings(20, 30, 16)
+    pairs = pair_kinds(20, 30)["all"]
+    options = {"direction": "symmetric", "normalizer": normalizer}
+
+    def fused(x, y, s):
+        return contrastive_loss(x, y, s, pairs, dims=(4, 8, 16), **options)
+
+    def separate(x, y, s):
+        unit = torch.nn.functional.normalize
+        each = [reference(unit(x[:, :d]), unit(y[:, :d]), s, pairs, **options) for d in (4, 8, 16)]
+        return sum(each) / 3
+
+    args = (2 * x, 3 * y, fp64(7.0))
+    assert_close(value_and_grads(fused, *args), value_and_grads(separate, *args))
+    assert_close([reference(*args, pairs, dims=(4, 8, 16), **options)], [fused(*args)])
+
+
+def test_equals_open_clip():
+    x, y = embeddings(70, 70, 32)
+    theirs = value_and_grads(open_clip.loss.ClipLoss(), x, y, fp64(14.3))
+    assert_close(value_and_grads(contrastive_loss, x, y, fp64(14.3)), theirs)
+
+
+# Invariants -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_log_scale_is_the_inner_product(kind):
+    x, y = embeddings(129, 65)
+    _, dx, dy, dscale = value_and_grads(
+        lambda *a: contrastive_loss(*a, pair_kinds(129, 65)[kind]), x, y, fp64(9.0)
+    )
+    expected = [9.0 * dscale] * 2
+    assert_close([(x * dx).sum(), (y * dy).sum()], expected, names=("<x, dx>", "<y, dy>"))
+
+
+@pytest.mark.usefixtures("tiles")
+def test_gradient_rows_sum_to_zero():
+    """With y the identity, dL/dx is the gradient of the logits themselves, times the scale."""
+    x = embeddings(65, 1, 70)[0]
+    _, dx, *_ = value_and_grads(
+        lambda *a: contrastive_loss(*a, direction="rows"), x, torch.eye(70).double(), fp64(5.0)
+    )
+    assert dx.abs().max() > 1e-3
+    assert_close([dx.sum(1)], [torch.zeros(65, dtype=torch.float64)], rtol=1e-14)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_swapping_x_and_y():
+    x, y = embeddings(65, 129)
+    p = pair_kinds(65, 129)["log_q"]
+    turned = Pairs(
+        log_q_cols=p.log_q_rows,
+        log_q_rows=p.log_q_cols,
+        row_weights=p.col_weights,
+        col_weights=p.row_weights,
+    )
+    loss, dx, dy, dscale = value_and_grads(lambda *a: contrastive_loss(*a, p), x, y, fp64(14.3))
+    other = value_and_grads(lambda *a: contrastive_loss(*a, turned), y, x, fp64(14.3))
+    assert_close(other, [loss, dy, dx, dscale])
+
+
+@pytest.mark.usefixtures("tiles")
+def test_permuting_rows_and_columns_permutes_the_gradients():
+    x, y = embeddings(66, 130)
+    rows, cols = (torch.randperm(k, generator=torch.Generator().manual_seed(3)) for k in (66, 130))
+    place = cols.argsort()
+    plain = Pairs(indptr=torch.arange(67), indices=torch.arange(66))
+    shuffled = Pairs(indptr=torch.arange(67), indices=place[rows])
+    loss, dx, dy, dscale = value_and_grads(lambda *a: contrastive_loss(*a, plain), x, y, fp64(14.3))
+    other = value_and_grads(lambda *a: contrastive_loss(*a, shuffled), x[rows], y[cols], fp64(14.3))
+    assert_close(other, [loss, dx[rows], dy[cols], dscale])
+
+
+def test_tile_shape_does_not_matter(monkeypatch):
+    x, y = embeddings(100, 140)
+    pairs = pair_kinds(100, 140)["all"]
+    results = []
+    for shape in [(1, 140), (7, 13), (64, 32), (100, 1), (1000, 1000)]:
+        monkeypatch.setattr(pair_tiles, "TILE", shape)
+        results.append(value_and_grads(lambda *a: contrastive_loss(*a, pairs), x, y, fp64(14.3)))
+    for other in results[1:]:
+        assert_close(other, results[0])
+
+
+def test_repeatable_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(pair_tiles, "TILE", (64, 64))
+    x, y = embeddings(200, 190, dtype=torch.float32)
+    pairs = cast(pair_kinds(200, 190)["all"], torch.float32)
+    first, second = (
+        value_and_grads(lambda *a: contrastive_loss(*a, pairs), x, y, torch.tensor(50.0)) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+# Hard inputs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("sign", [1, -1], ids=["identical", "anti-aligned"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_identical_and_anti_aligned_embeddings(scale, sign):
+    """All rows equal: the softmax is uniform, whatever the scale, and nothing overflows."""
+    n = 130
+    x = embeddings(1, 1, dtype=torch.float32)[0].expand(n, -1)
+    loss, dx, dy, dscale = value_and_grads(contrastive_loss, x, sign * x, torch.tensor(scale))
+    # The plain torch error of the logits at this scale: a few roundings of |S| = scale.
+    assert abs(loss - torch.log(torch.tensor(float(n)))) <= 4 * 1.2e-7 * max(scale, 5.0)
+    for gradient in (dx, dy):
+        assert gradient.abs().max() <= 4 * 1.2e-7 * scale * max(scale, 1.0)
+    assert abs(dscale) <= 1e-5
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("scale", SCALES)
+def test_row_with_all_negatives_masked_has_no_loss(scale):
+    m, n = 65, 70
+    x, y = embeddings(m, n, dtype=torch.float32)
+    others = [c for c in range(n) if c != 3]
+    known = csr([others if r == 3 else [] for r in range(m)])
+    pairs = Pairs(
+        known_indptr=known[0], known_indices=known[1], row_weights=(torch.arange(m) == 3).float()
+    )
+    results = value_and_grads(
+        lambda *a: contrastive_loss(*a, pairs, direction="rows"), x, y, torch.tensor(scale)
+    )
+    for value in results:
+        assert value.abs().max() == 0
+
+
+def test_nothing_is_positive():
+    x, y = embeddings(4, 5)
+    for pairs in (Pairs(offset=9), Pairs(row_weights=torch.zeros(4), col_weights=torch.zeros(5))):
+        for value in value_and_grads(lambda *a, p=pairs: contrastive_loss(*a, p), x, y, fp64(2.0)):
+            assert value.abs().max() == 0
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_and_inf_propagate_as_in_the_reference(poison, direction):
+    x, y = embeddings(70, 70)
+    x[5, 2] = poison
+    ours, truth = (
+        value_and_grads(lambda *a, f=f: f(*a, Pairs(), direction=direction), x, y, fp64(3.0))
+        for f in (contrastive_loss, reference)
+    )
+    assert not ours[0].isfinite()
+    for a, e in zip(ours, truth):
+        assert torch.equal(a.isfinite(), e.isfinite())
+
+
+def test_removed_items_get_no_gradient_and_change_nothing():
+    """Weight 0 and log_q = +inf are the same as taking the row and the column out."""
+    x, y = embeddings(12, 12)
+    keep = torch.arange(12) % 3 != 0
+    gone = torch.where(keep, 0.0, torch.inf)
+    pairs = Pairs(
+        log_q_cols=gone, log_q_rows=gone, row_weights=keep.double(), col_weights=keep.double()
+    )
+    loss, dx, dy, dscale = value_and_grads(lambda *a: contrastive_loss(*a, pairs), x, y, fp64(5.0))
+    assert dx[~keep].abs().max() == 0 and dy[~keep].abs().max() == 0
+    small = value_and_grads(contrastive_loss, x[keep], y[keep], fp64(5.0))
+    assert_close([loss, dx[keep], dy[keep], dscale], small)
+
+
+def test_non_contiguous_and_half_inputs():
+    x, y = embeddings(40, 40, 32)
+    wide = torch.stack([x, x], dim=2).flatten(1)[:, ::2]
+    assert not wide.is_contiguous()
+    assert_close(
+        value_and_grads(contrastive_loss, wide, y.T.contiguous().T, fp64(3.0)),
+        value_and_grads(contrastive_loss, x, y, fp64(3.0)),
+    )
+    for dtype in (torch.float16, torch.bfloat16):
+        loss, dx, dy, _ = value_and_grads(contrastive_loss, x.to(dtype), y.to(dtype), torch.tensor(3.0))
+        assert (loss.dtype, dx.dtype, dy.dtype) == (torch.float32, dtype, dtype)
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    x, y = embeddings(9, 9)
+    full = value_and_grads(contrastive_loss, x, y, fp64(3.0), upstream=1.0)
+    for which in range(3):
+        inputs = [x, y, fp64(3.0)]
+        inputs[which] = inputs[which].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(contrastive_loss(*inputs), inputs[which])
+        assert_close([grad], [full[1 + which]])
+    assert not contrastive_loss(x, y, 3.0).requires_grad
+
+
+# torch.library, torch.compile, autocast -------------------------------------------------------------------
+
+
+def _operands(kind, direction):
+    """Arguments of the raw op, as the public function calls it."""
+    seen = []
+    x, y = leaves(*embeddings(6, 7, 8, dtype=torch.float32))
+    pairs = cast(pair_kinds(6, 7)[kind], torch.float32)
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.pinclip.contrastive.default:
+                seen.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        contrastive_loss(x, y, torch.tensor(5.0), pairs, direction=direction)
+    arguments = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in seen[0]]
+    arguments[:3] = leaves(*arguments[:3])
+    return arguments
+
+
+@pytest.mark.parametrize("kind,direction", [("diagonal", "symmetric"), ("all", "symmetric"), ("csr", "rows")])
+def test_opcheck(kind, direction):
+    arguments = _operands(kind, direction)
+    torch.library.opcheck(torch.ops.pinclip.contrastive.default, arguments)
+    with torch.no_grad():
+        loss, *lse = torch.ops.pinclip.contrastive(*arguments)
+        arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        for need in [(True, True), (False, True), (True, False), (False, False)]:
+            torch.library.opcheck(
+                torch.ops.pinclip.contrastive_backward.default,
+                (torch.ones_like(loss), *lse, *arguments, *need),
+                test_utils=("test_schema", "test_faketensor"),
+            )
+
+
+def test_compiles_as_one_graph():
+    x, y = embeddings(20, 30, 16, dtype=torch.float32)
+    features = cast(pair_kinds(20, 30)["all"], torch.float32)
+
+    def step(x, y, scale):
+        pairs = Pairs(row_ids=torch.arange(20), col_ids=torch.arange(30))  # built inside the graph, too
+        both = contrastive_loss(x, y, scale, features, dims=(8, 16)) + contrastive_loss(x, y, scale, pairs)
+        return 2 * both
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    args = (x, y, torch.tensor(5.0))
+    assert_close(value_and_grads(compiled, *args), value_and_grads(step, *args), rtol=1e-5)
+
+
+def test_compiles_with_inductor():
+    x, y = embeddings(20, 30, 16, dtype=torch.float32)
+    args = (x, y, torch.tensor(5.0))
+    with torch._inductor.config.patch(compile_threads=1):
+        compiled = value_and_grads(torch.compile(contrastive_loss, fullgraph=True), *args)
+    assert_close(compiled, value_and_grads(contrastive_loss, *args), rtol=1e-5)
+
+
+def test_autocast_does_not_lower_the_precision():
+    x, y = embeddings(20, 30, 16, dtype=torch.float32)
+    plain = value_and_grads(contrastive_loss, x, y, torch.tensor(14.3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = value_and_grads(contrastive_loss, x, y, torch.tensor(14.3))
+    assert all(torch.equal(a, b) for a, b in zip(mixed, plain))
+
+
+_MEMORY = """
+import resource, sys, torch
+from pinclip.ops.contrastive import contrastive_loss
+from pinclip.ops.sigmoid import sigmoid_loss
+torch.set_num_threads(1)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def step(n):
+    x, y = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1).requires_grad_() for _ in "xy")
+    scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True)
+    (contrastive_loss(x, y, scale) + sigmoid_loss(x, y, scale, bias)).backward()
+
+step(2048)  # loads the libraries and makes the tiles
+before = peak()
+step(12288)
+print(peak() - before)
+"""
+
+
+def test_memory_is_linear():
+    """N = 12,288: one N×N fp32 matrix alone would be 604 MB."""
+    output = subprocess.run(
+        [sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True
+    ).stdout
+    assert float(output) < 60, f"{output} MB"
+
+
+# Arguments ------------------------------------------------------------------------------------------------
+
+
+def _csr(indptr, indices):
+    return {"indptr": torch.tensor(indptr), "indices": torch.tensor(indices, dtype=torch.int64)}
+
+
+X = torch.ones(3, 4)
+BAD_PAIRS = {
+    "indptr is given without indices": {"indptr": torch.tensor([0, 1])},
+    "row_ids is given without col_ids": {"row_ids": torch.tensor([0, 1, 2])},
+    "offset=2 together with indptr": {"offset": 2, **_csr([0, 1, 1, 1], [0])},
+    "weights without indptr": {"weights": torch.ones(3)},
+    "indices of row 1 has column 1 after 2": _csr([0, 1, 3, 3], [0, 2, 1]),
+    "indices of row 0 has column 2 after 2": _csr([0, 2, 2, 2], [2, 2]),
+    "indices has column 7, there are N=3": _csr([0, 1, 1, 1], [7]),
+    "indices has the negative column -1": _csr([0, 1, 1, 1], [-1]),
+    "indptr runs from 0 to 2 for 1 indices": _csr([0, 1, 1, 2], [1]),
+    "indptr has length 3, expected 4": _csr([0, 1, 1], [1]),
+    "weights has 2 values for 1 indices": {**_csr([0, 1, 1, 1], [1]), "weights": torch.ones(2)},
+    "weights has the negative value -1": {**_csr([0, 1, 1, 1], [1]), "weights": -torch.ones(1)},
+    "known_indices has column 3": {
+        "known_indptr": torch.tensor([0, 1, 1, 1]),
+        "known_indices": torch.tensor([3]),
+    },
+    "row_ids has length 2, expected 3": {"row_ids": torch.arange(2), "col_ids": torch.arange(3)},
+    "col_ids has dtype torch.int32": {"row_ids": torch.arange(3), "col_ids": torch.arange(3).int()},
+    "log_q_cols has length 4, expected 3": {"log_q_cols": torch.zeros(4)},
+    "log_q_rows has shape": {"log_q_rows": torch.zeros(3, 1)},
+    "row_weights has dtype torch.int64": {"row_weights": torch.ones(3).long()},
+    "row_weights has the negative value -2": {"row_weights": torch.tensor([1.0, -2.0, 1.0])},
+    "col_weights is on meta": {"col_weights": torch.ones(3, device="meta")},
+}
+BAD_ARGUMENTS = {
+    "x has D=4 but y has D=5": {"y": torch.ones(3, 5)},
+    r"x has shape \(0, 4\)": {"x": torch.ones(0, 4)},
+    r"y has shape \(3,\)": {"y": torch.ones(3)},
+    "y has dtype torch.float64, x has torch.float32": {"y": X.double()},
+    "x has dtype torch.int64": {"x": X.long()},
+    "y is on meta": {"y": X.to("meta")},
+    "scale=-1.0 is not positive": {"scale": -1.0},
+    "scale=0.0 is not positive": {"scale": torch.tensor(0.0)},
+    r"scale has shape \(1,\)": {"scale": torch.ones(1)},
+    "normalizer=0.0 is not positive": {"normalizer": 0.0},
+    r"dims=\(2, 5\)": {"dims": (2, 5)},
+    r"dims=\(\)": {"dims": ()},
+    "direction='both'": {"direction": "both"},
+    "empty_rows='drop'": {"empty_rows": "drop"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_PAIRS)
+def test_bad_pairs(message):
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(X, X, 1.0, Pairs(**BAD_PAIRS[message]))
+
+
+@pytest.mark.parametrize("message", BAD_ARGUMENTS)
+def test_bad_arguments(message):
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(**{"x": X, "y": X, "scale": 1.0, **BAD_ARGUMENTS[message]})
+
+
+@pytest.mark.parametrize("loss", [contrastive_loss, reference])
+def test_row_without_positives_can_be_an_error(loss):
+    pairs = Pairs(**_csr([0, 1, 1, 2], [0, 2]))
+    assert loss(X, X, 1.0, pairs).isfinite()
+    with pytest.raises(ValueError, match="empty_rows='error'"):
+        loss(X, X, 1.0, pairs, direction="rows", empty_rows="error")
+    excused = Pairs(**_csr([0, 1, 1, 2], [0, 2]), row_weights=torch.tensor([1.0, 0.0, 1.0]))
+    assert loss(X, X, 1.0, excused, direction="rows", empty_rows="error").isfinite()
