@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -68,7 +69,7 @@ class Drawing:
 def build(out: str | os.PathLike, *, progress: bool = True) -> PinStore:
     """Download, select, shrink and write the openclipart store `out`.
 
-    A blank picture, or a poster in print resolution (`images.MOST_PIXELS`), is a bad pin. Raises
+    Blank pictures and posters in print resolution (`images.MOST_PIXELS`) are left out and counted. Raises
     `apt.PackagesUnavailable` where the packages cannot be had, `DataError` where `out` cannot be written.
     About 155 MB of downloads, 330 MB unpacked in the folder for temporary files, removed afterwards.
     """
@@ -87,15 +88,20 @@ def build_from(root: Path, out: str | os.PathLike, source: str, *, progress: boo
         raise DataError(f"{root}: no svg with public-domain metadata and a png beside it")
     name_drawings(drawings)
     drawings = thin(drawings)
-    boards = make_boards(drawings)
+    images = _shrink_all(root, drawings, progress)
+    boards = make_boards([drawing for drawing in drawings if drawing.id in images])
     on_board = {pin for _, pins in boards.values() for pin in pins}
-    drawings = [drawing for drawing in drawings if drawing.id in on_board]
-    pins = (_pin(root, drawing) for drawing in drawings)
+    pins = (
+        Pin(drawing.id, drawing.text, images[drawing.id], f"{drawing.path}.png")
+        for drawing in drawings
+        if drawing.id in on_board
+    )
     info = {
         "name": "openclipart",
         "source": source,
         "synthetic": False,
         "license": "public domain (each file's own metadata dedicates it)",
+        "unusable_pictures": len(drawings) - len(images),
     }
     return write_store(out, pins, lambda ids: links_from_boards(boards, ids), info=info, progress=progress)
 
@@ -200,13 +206,13 @@ def make_boards(
     return {board: boards[board] for board in sorted(boards) if sizes[0] <= len(boards[board][1]) <= sizes[1]}
 
 
-def _pin(root: Path, drawing: Drawing) -> Pin:
-    file = root / "png" / f"{drawing.path}.png"
-    try:
-        image, bad = _shrink(file), None
-    except DataError as error:
-        image, bad = None, str(error)
-    return Pin(drawing.id, drawing.text, image, f"{drawing.path}.png", bad)
+def _shrink_all(root: Path, drawings: Sequence[Drawing], progress: bool) -> dict[str, bytes]:
+    """{pin id: image} of the drawings that have a picture to show."""
+    images = {}
+    for drawing in tqdm(drawings, desc="shrink", unit="png", disable=None if progress else True):
+        with suppress(DataError):
+            images[drawing.id] = _shrink(root / "png" / f"{drawing.path}.png")
+    return images
 
 
 def _shrink(file: Path) -> bytes:

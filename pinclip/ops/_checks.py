@@ -36,9 +36,11 @@ def check_key_lengths(key_lengths: Tensor, batch: int, first: str, reference: Te
 
 
 def check_alike(first: str, reference: Tensor, **others: Tensor) -> None:
-    """All tensors have the dtype and the device of `reference`, whose name is `first`."""
-    for name, tensor in others.items():
-        require(tensor.dtype == reference.dtype, name, f"have the dtype {reference.dtype} of {first}", tensor.dtype)
+    """All tensors have the device and, where autocast will not see to it, the dtype of `reference` (`first`)."""
+    if not torch.is_autocast_enabled(reference.device.type):
+        for name, tensor in others.items():
+            same = tensor.dtype == reference.dtype
+            require(same, name, f"have the dtype {reference.dtype} of {first}", tensor.dtype)
     check_device(first, reference, **others)
 
 

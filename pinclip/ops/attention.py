@@ -49,7 +49,8 @@ def attention(
       separate   q [B, Nq, H, Dh], k and v [B, Nk, H, Dh]     -> [B, Nq, H*Dh]
 
     cu_seqlens   int32 [S+1], ascending from 0 to T; a segment may be empty.
-    max_seqlen   longest segment; give it on CUDA, where asking the device for it waits for the device.
+    max_seqlen   longest segment; give it on CUDA, where reading it waits for the device,
+                 and is not possible under torch.compile(fullgraph=True).
     causal       query i sees the keys 0..i; needs Nq = Nk.
     key_lengths  int32 or int64 [B] (not with varlen): row b sees its first key_lengths[b] keys.  Keys and
                  values beyond them are not read, may hold anything, and have zero gradient.  Every query is

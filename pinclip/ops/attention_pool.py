@@ -9,7 +9,6 @@ from torch import Tensor
 from pinclip.ops._checks import (
     autocast,
     check_alike,
-    check_device,
     check_float,
     check_key_lengths,
     check_shape,
@@ -78,10 +77,7 @@ def _check(x, q, w_k, b_k, w_v, b_v, num_heads, key_lengths, form) -> None:
         check_shape(name, weight, (width, width), "[D, D]")
     for name, bias in (("b_k", b_k), ("b_v", b_v)):
         check_shape(name, bias, (width,), "[D]")
-    others = {"q": q, "w_k": w_k, "b_k": b_k, "w_v": w_v, "b_v": b_v}
-    check_device("x", x, **others)
-    if not torch.is_autocast_enabled(x.device.type):
-        check_alike("x", x, **others)
+    check_alike("x", x, q=q, w_k=w_k, b_k=b_k, w_v=w_v, b_v=b_v)
     if key_lengths is not None:
         check_key_lengths(key_lengths, x.shape[0], "x", x)
 

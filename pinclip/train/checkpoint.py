@@ -7,14 +7,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from pinclip import distributed
-from pinclip.errors import CheckpointError
+from pinclip.errors import CheckpointError, DataError
 from pinclip.io import sync_tree, writing
 from pinclip.train.config import RunConfig
 from pinclip.train.engine import Engine
@@ -29,7 +31,7 @@ def save(engine: Engine, run: Path, step: int, config: RunConfig) -> None:
     """Write the state after `step` steps. A collective: every rank calls it."""
     folder = run / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-    with writing(folder):
+    with _removed_on_failure(partial), writing(folder):
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
@@ -57,15 +59,26 @@ def save(engine: Engine, run: Path, step: int, config: RunConfig) -> None:
         distributed.barrier()
 
 
-def resume(engine: Engine, run: Path, config: RunConfig) -> int:
-    """Load the newest whole checkpoint of `run` and return its step; 0 where there is none."""
+def newest(run: Path, config: RunConfig) -> Path | None:
+    """The newest whole checkpoint of `run`, or None. CheckpointError if it is one of another configuration."""
     for folder in _folders(run):
         manifest = _whole(folder)
-        if manifest is None:
-            continue
-        _same_run(folder, manifest, config)
-        return engine.load(folder)["step"]
-    return 0
+        if manifest is not None:
+            _same_run(folder, manifest, config)
+            return folder
+    return None
+
+
+@contextlib.contextmanager
+def _removed_on_failure(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # torch's writer reports a full disk as a RuntimeError of its archive format.
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+            raise DataError(f"cannot write {partial}: the disk is full, or a file size limit was reached") from error
+        raise
 
 
 def _folders(run: Path) -> list[Path]:

@@ -32,10 +32,11 @@ def train(config: RunConfig, *, resume: bool = False) -> Path | None:
     the uninterrupted run gives on one device.
     """
     start_processes()
+    newest = checkpoint.newest(Path(config.out), config) if resume else None
     run = prepare(config, resume=resume)
     trainee = Trainee(build_model(config, run.tokenizer), config.objective, config.train.precision)
     engine = Engine(trainee, config)
-    start = checkpoint.resume(engine, run.folder, config) if resume else 0
+    start = engine.load(newest)["step"] if newest else 0
     if distributed.rank() == 0:
         print(_greeting(run, trainee, start), flush=True)
     with _Sigterm() as sigterm:

@@ -29,7 +29,7 @@ from pinclip.data.transforms import TrainTransform
 from pinclip.errors import CheckpointError, ConfigError, DataError
 from pinclip.graph.neighbors import NeighborSampler
 from pinclip.graph.splits import Split, cold_split
-from pinclip.io import atomic_directory, write_text
+from pinclip.io import atomic_directory, write_text, writing
 from pinclip.models import PinCLIP, load_model, save_model
 from pinclip.models.siglip import read_configs
 from pinclip.train.config import RunConfig
@@ -60,8 +60,6 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
 
 
 def _lay_out(folder: Path, config: RunConfig, resume: bool) -> None:
-    if (folder / "config.json").exists() and not resume:
-        _clear(folder)
     store = open_dataset(config.data.path)
     bad = int(store.bad.sum())
     if bad > config.data.max_bad * len(store):
@@ -75,11 +73,14 @@ def _lay_out(folder: Path, config: RunConfig, resume: bool) -> None:
     else:
         texts = (store.texts[pin] for pin in split.train)  # a cold pin's words are withheld with it
         tokenizer = Tokenizer.train(texts, vocab_size=config.data.vocab_size, max_length=_max_length(config))
-    tokenizer.save(folder / "tokenizer.json")
-    shutil.copyfile(store.root / "bad_pins.jsonl", folder / "bad_pins.jsonl")
-    write_text(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1))
-    write_text(folder / "split.json", json.dumps(split.to_dict(store.ids)))
-    write_text(folder / "environment.json", json.dumps(environment(), indent=1))
+    with writing(folder):
+        if not resume:
+            _clear(folder)
+        tokenizer.save(folder / "tokenizer.json")
+        shutil.copyfile(store.root / "bad_pins.jsonl", folder / "bad_pins.jsonl")
+        write_text(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1))
+        write_text(folder / "split.json", json.dumps(split.to_dict(store.ids)))
+        write_text(folder / "environment.json", json.dumps(environment(), indent=1))
     if bad:
         print(f"{bad} bad pins are skipped; they are listed in {folder / 'bad_pins.jsonl'}", flush=True)
 
