@@ -25,7 +25,8 @@ struct WalkPlan {
   uint64_t seed;
 };
 
-// Fills visited [num_starts, walks, length] on up to `threads` threads; the numbers do not depend on how many.
+// Fills visited [num_starts, walks, length] on up to `threads` threads; the numbers do not depend on how
+// many.
 template <typename Index>
 void random_walk(const WalkGraph<Index>& graph, const WalkPlan& plan, int64_t* visited, int threads);
 

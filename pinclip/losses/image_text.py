@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from pinclip.distributed import gather_counts, gather_rows, rank, world_size
-from pinclip.losses.rows import check_kind, global_count, only, pair_loss, removing
+from pinclip.losses.rows import check_kind, mean_over, only, pair_loss, removing
 from pinclip.ops.contrastive import contrastive_loss
 from pinclip.ops.pairs import Pairs
 
@@ -70,8 +69,7 @@ class ImageTextLoss(nn.Module):
             log_q_cols=removing(log_q_all, valid_all),
             row_weights=None if valid is None else valid.float(),
         )
-        total = torch.tensor(sum(counts)) if valid_all is None else valid_all.sum()
-        normalizer = global_count(total, image.device)
+        normalizer = mean_over(sum(counts) if valid_all is None else valid_all.sum())
         loss = pair_loss(self.kind, image, text_all, scale, bias, pairs, self.dims, normalizer)
         if self.kind == "sigmoid":
             return loss

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pinclip.distributed import all_sum, gather_counts, gather_rows, world_size
-from pinclip.losses.rows import check_kind, global_count, only, pair_loss, removing
+from pinclip.losses.rows import check_kind, mean_over, only, pair_loss, removing
 from pinclip.ops.pairs import Pairs
 
 
@@ -87,7 +87,7 @@ class NeighborLoss(nn.Module):
             log_q_cols=removing(log_q_all, valid_all),
             row_weights=present,
         )
-        normalizer = global_count(all_sum(present.sum()), x.device)
+        normalizer = mean_over(all_sum(present.sum()))
         return pair_loss(self.kind, x, y_all, scale, bias, pairs, self.dims, normalizer)
 
     @staticmethod

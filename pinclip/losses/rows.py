@@ -30,9 +30,11 @@ def removing(log_q: Tensor | None, valid: Tensor | None) -> Tensor | None:
     return torch.where(valid, base, torch.inf)
 
 
-def global_count(total: Tensor, device: torch.device) -> Tensor:
+def mean_over(total: Tensor | int) -> Tensor | float:
     """The op's normaliser for a mean over `total` rows of all ranks: total / W, see `pinclip.distributed`."""
-    return total.to(device, torch.float32).clamp_min(1) / world_size()
+    if isinstance(total, Tensor):
+        return total.double().clamp_min(1) / world_size()
+    return max(total, 1) / world_size()
 
 
 def pair_loss(
@@ -43,7 +45,7 @@ def pair_loss(
     bias: Tensor | float | None,
     pairs: Pairs,
     dims: Sequence[int] | None,
-    normalizer: Tensor | None,
+    normalizer: Tensor | float | None,
 ) -> Tensor:
     """Rows of x against columns of y_all; zero, on the graph, for a rank that holds no rows."""
     if kind == "sigmoid" and bias is None:

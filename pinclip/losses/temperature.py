@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Temperature(nn.Module):
-    """scale = min(exp(log_scale), max_scale), bias as it is: both 0-d fp32, both learnt.
+    """scale = min(exp(log_scale), max_scale), bias as it is: both 0-d, at least fp32, both learnt.
 
     The parameters are of shape [1]: DeepSpeed 0.19 cannot broadcast a 0-d one.
 
@@ -33,6 +33,11 @@ class Temperature(nn.Module):
             self.bias = nn.Parameter(torch.tensor([float(init_bias)], dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
-        log_scale = self.log_scale.float().squeeze(0)
+        log_scale = _widen(self.log_scale)
         over = (log_scale.detach() - math.log(self.max_scale)).clamp_min(0)
-        return (log_scale - over).exp(), None if self.bias is None else self.bias.float().squeeze(0)
+        return (log_scale - over).exp(), None if self.bias is None else _widen(self.bias)
+
+
+def _widen(parameter: Tensor) -> Tensor:
+    """0-d, at least fp32: an engine may have cast the module to bf16, whose steps at log 100 are of 3%."""
+    return parameter.squeeze(0).to(torch.promote_types(parameter.dtype, torch.float32))

@@ -18,7 +18,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], legend: str) -> None:
-    """The tensor has this shape; None stands for any size. `legend` is the shape in the docstring's letters."""
+    """The tensor has this shape, None for any size; `legend` is the shape in the docstring's letters."""
     fits = tensor.dim() == len(shape) and all(
         want is None or have == want for have, want in zip(tensor.shape, shape)
     )
@@ -36,7 +36,7 @@ def check_key_lengths(key_lengths: Tensor, batch: int, first: str, reference: Te
 
 
 def check_alike(first: str, reference: Tensor, **others: Tensor) -> None:
-    """All tensors have the device and, where autocast will not see to it, the dtype of `reference` (`first`)."""
+    """All tensors have the device and, unless autocast will see to it, the dtype of `reference`."""
     if not torch.is_autocast_enabled(reference.device.type):
         for name, tensor in others.items():
             same = tensor.dtype == reference.dtype
@@ -57,7 +57,7 @@ def promoted_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as a matrix product sees them: in autocast's dtype where autocast is on; fp64 is left alone."""
+    """The tensors as a matrix product sees them: in autocast's dtype where it is on, but for fp64."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors

@@ -56,12 +56,12 @@ def attention(
                  values beyond them are not read, may hold anything, and have zero gradient.  Every query is
                  computed.  A row without keys gives 0 and has zero gradient.
     qk_norm      RMS norm of every query and key head, before the rotation.
-    rope         (cos, sin), each [at least N, Dh/2]: half-split rotation of queries and keys by their position
-                 in the sequence or segment; the tables get no gradient.
+    rope         (cos, sin), each [at least N, Dh/2]: half-split rotation of queries and keys by their
+                 position in the sequence or segment; the tables get no gradient.
     scale        default Dh^-0.5.
 
     Any floating dtype; scores and softmax accumulate in fp32, or in fp64 for fp64 inputs.  Under autocast the
-    inputs are cast as for scaled_dot_product_attention.  Gradients: q, k, v and the norm weights.  Deterministic.
+    inputs are cast as for scaled_dot_product_attention.  Gradients: q, k, v, the norm weights.  Deterministic.
     Extra memory: one number per query and head; qk_norm and rope keep copies of q and k.  Collectives: none.
     Raises ValueError for shapes, dtypes, devices and combinations other than these.
     Source: arXiv 1706.03762; the one-pass softmax of arXiv 2205.14135; RoPE arXiv 2104.09864.
@@ -100,7 +100,8 @@ def _check(q_or_qkv, k, v, cu_seqlens, causal, key_lengths, qk_norm, rope) -> No
         check_shape("k", k, (batch, None, heads, width), "[B, Nk, H, Dh]")
         check_shape("v", v, tuple(k.shape), "[B, Nk, H, Dh]")
         check_alike("q", q_or_qkv, k=k, v=v)
-        require(not causal or queries == k.shape[1], "causal", f"be False for Nq {queries}, Nk {k.shape[1]}", causal)
+        square = queries == k.shape[1]
+        require(square or not causal, "causal", f"be False for Nq {queries} and Nk {k.shape[1]}", causal)
         longest = max(queries, k.shape[1])
     if cu_seqlens is not None:
         require(cu_seqlens.dtype == torch.int32, "cu_seqlens", "be an int32 tensor", cu_seqlens.dtype)
@@ -160,10 +161,10 @@ def _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale) -> Te
         mask = real.index_fill(1, real.new_zeros(1, dtype=torch.int64), True)[:, None, None, :]
         if causal:
             mask = mask & torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    causal = causal and mask is None
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     with sdpa_kernel(_CUDA_BACKENDS):
-        out = scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, is_causal=causal and mask is None, scale=scale
-        )
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     out = out.transpose(1, 2).flatten(2)
     if cu_seqlens is not None:
         return out.flatten(0, 1).index_select(0, slot)
@@ -276,9 +277,7 @@ def _save_separate(ctx, inputs, output) -> None:
 
 def _separate_gradients(ctx, grad_out, _grad_lse):
     q, k, v, out, lse, key_lengths = ctx.saved_tensors
-    grads = _cross_attention_backward(
-        grad_out, q, k, v, out, lse, key_lengths, ctx.causal, ctx.scale
-    )
+    grads = _cross_attention_backward(grad_out, q, k, v, out, lse, key_lengths, ctx.causal, ctx.scale)
     return *grads, None, None, None
 
 
@@ -299,8 +298,9 @@ def _rows(tensor: Tensor) -> Tensor:
 def _check_on_host(size: int, cu_seqlens: Tensor | None, key_lengths: Tensor | None) -> None:
     """The values of cu_seqlens ascend from 0 to `size`; those of key_lengths are in [0, size]."""
     if cu_seqlens is not None:
-        ends = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == size and bool((cu_seqlens.diff() >= 0).all())
-        require(ends, "cu_seqlens", f"ascend from 0 to {size}", cu_seqlens.tolist())
+        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        ascends = ends == (0, size) and bool((cu_seqlens.diff() >= 0).all())
+        require(ascends, "cu_seqlens", f"ascend from 0 to {size}", cu_seqlens.tolist())
     if key_lengths is not None and key_lengths.numel():
         fits = int(key_lengths.min()) >= 0 and int(key_lengths.max()) <= size
         require(fits, "key_lengths", f"be in [0, {size}]", key_lengths.tolist())

@@ -10,7 +10,14 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pinclip.ops._checks import check_device, check_float, check_shape, promoted_dtype, without_autocast
+from pinclip.ops._checks import (
+    check_device,
+    check_float,
+    check_shape,
+    promoted_dtype,
+    require,
+    without_autocast,
+)
 from pinclip.reference.attention import accumulation_dtype
 
 FUSION, IMAGE, TEXT = 0, 1, 2
@@ -60,12 +67,10 @@ class FusionLayout:
         image_rows = _pins("image_rows", image_rows, batch_size)
         text_rows = _pins("text_rows", text_rows, batch_size)
         text_lengths = torch.as_tensor(text_lengths, dtype=torch.int64, device="cpu")
-        if num_fusion < 1:
-            raise ValueError(f"num_fusion must be at least 1, but is {num_fusion}")
-        if text_lengths.shape != text_rows.shape:
-            raise ValueError(f"text_lengths must have shape {[*text_rows.shape]}, but has {[*text_lengths.shape]}")
-        if text_lengths.numel() and not 0 <= int(text_lengths.min()) <= int(text_lengths.max()) <= num_text:
-            raise ValueError(f"text_lengths must be in [0, {num_text}], but are {text_lengths.tolist()}")
+        require(num_fusion >= 1, "num_fusion", "be at least 1", num_fusion)
+        check_shape("text_lengths", text_lengths, tuple(text_rows.shape), "[Bt]")
+        fits = bool(((text_lengths >= 0) & (text_lengths <= num_text)).all())
+        require(fits, "text_lengths", f"be in [0, {num_text}]", text_lengths.tolist())
         image_length = torch.zeros(batch_size, dtype=torch.int64).index_fill_(0, image_rows, num_image)
         text_length = torch.zeros(batch_size, dtype=torch.int64).index_copy_(0, text_rows, text_lengths)
         length = num_fusion + image_length + text_length
@@ -110,10 +115,10 @@ def _pins(name: str, rows: Tensor | Sequence[int] | None, batch_size: int) -> Te
     if rows is None:
         return torch.arange(batch_size)
     rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
-    if rows.dim() != 1 or rows.unique().numel() != rows.numel():
-        raise ValueError(f"{name} must be a list of different pins, but is {rows.tolist()}")
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < batch_size:
-        raise ValueError(f"{name} must be in [0, {batch_size}), but is {rows.tolist()}")
+    different = rows.dim() == 1 and rows.unique().numel() == rows.numel()
+    require(different, name, "be a list of different pins", rows.tolist())
+    fits = bool(((rows >= 0) & (rows < batch_size)).all())
+    require(fits, name, f"be in [0, {batch_size})", rows.tolist())
     return rows
 
 
@@ -132,14 +137,16 @@ def fusion_pack(
     """packed[t] = LayerNorm(token + type + position), the tokens of every pin side by side.
 
     fusion_tokens [F, D], the same for every pin, with a type and no position; image [Bi, Ni, D];
-    text [Bt, L, D]; type_embedding [3, D] (fusion, image, text); image_position [Ni, D]; text_position [L, D];
-    weight, bias [D] of the LayerNorm; layout: FusionLayout.build, on the tensors' device -> packed [T, D].
+    text [Bt, L, D]; type_embedding [3, D] (fusion, image, text); image_position [Ni, D];
+    text_position [L, D]; weight, bias [D] of the LayerNorm; layout: FusionLayout.build, on the tensors'
+    device -> packed [T, D].
     Text beyond a text's length is not read, may hold anything, and has zero gradient.
 
     Floating dtypes may differ; the result has the dtype to which torch promotes them, and everything is
-    computed in fp32, or in fp64 where an input is fp64.  Gradients: all eight tensors; each packed row has one
-    source row, and what many rows share is summed in a fixed order.  Waits for no device.
-    Saved for backward: the inputs and two numbers per packed row.  Collectives: none.
+    computed in fp32, or in fp64 where an input is fp64.  Gradients: all eight tensors; each packed row has
+    one source row, and what many rows share is summed in a fixed order.  Waits for no device.
+    Saved for backward: the inputs and two numbers per packed row; extra memory: their sums before packing.
+    Collectives: none.
     Raises ValueError for shapes, dtypes or devices other than these, or than the layout's.
     """
     tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
@@ -196,7 +203,7 @@ def _fusion_pack(
     tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
     dtype = promoted_dtype(*tensors)
     *tokens, weight, bias = (t.to(accumulation_dtype(dtype)) for t in tensors)
-    rows = _sum_in_place(*tokens, fusion_slots, image_slots, text_slots, source.shape[0])
+    rows = _summed(*tokens, source)
     packed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
     return packed.to(dtype), mean, rstd
 
@@ -235,7 +242,7 @@ def _fusion_pack_backward(
     """-> the gradients of the eight floating tensors."""
     tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
     *tokens, wide_weight, wide_bias = (t.to(mean.dtype) for t in tensors)
-    rows = _sum_in_place(*tokens, fusion_slots, image_slots, text_slots, source.shape[0])
+    rows = _summed(*tokens, source)
     grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad.to(mean.dtype), rows, weight.shape, mean, rstd, wide_weight, wide_bias, [True, True, True]
     )
@@ -252,9 +259,7 @@ def _fusion_pack_backward(
 
 @_fusion_pack_backward.register_fake
 def _(grad, mean, rstd, *tensors_and_layout):
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors_and_layout[:8]
-    )
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors_and_layout[:8])
 
 
 def _save(ctx, inputs, output) -> None:
@@ -268,23 +273,24 @@ def _gradients(ctx, grad, _grad_mean, _grad_rstd):
 _fusion_pack.register_autograd(_gradients, setup_context=_save)
 
 
-def _sum_in_place(
+def _summed(
     fusion_tokens: Tensor,
     image: Tensor,
     text: Tensor,
     type_embedding: Tensor,
     image_position: Tensor,
     text_position: Tensor,
-    fusion_slots: Tensor,
-    image_slots: Tensor,
-    text_slots: Tensor,
-    total: int,
+    source: Tensor,
 ) -> Tensor:
-    """token + type + position, every row in its packed place, [T, D]."""
-    # One row more than there are tokens: the text's padding lands there, and nowhere else.
-    rows = image.new_empty(total + 1, image.shape[2])
-    fusion = (fusion_tokens + type_embedding[0]).expand(fusion_slots.shape[0], -1, -1)
-    rows.index_copy_(0, fusion_slots.flatten(), fusion.flatten(0, 1))
-    rows.index_copy_(0, image_slots.flatten(), (image + (image_position + type_embedding[1])).flatten(0, 1))
-    rows.index_copy_(0, text_slots.flatten(), (text + (text_position + type_embedding[2])).flatten(0, 1))
-    return rows[:total]
+    """token + type + position of every packed row, [T, D]."""
+    parts = (
+        (fusion_tokens, type_embedding[0]),
+        (image, image_position + type_embedding[1]),
+        (text, text_position + type_embedding[2]),
+    )
+    join = image.new_empty(sum(tokens.numel() for tokens, _ in parts))
+    first = 0
+    for tokens, shared in parts:
+        torch.add(tokens, shared, out=join[first : first + tokens.numel()].view(tokens.shape))
+        first += tokens.numel()
+    return join.view(-1, image.shape[2]).index_select(0, source)

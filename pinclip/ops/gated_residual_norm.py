@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from pinclip.ops._checks import check_device, check_float, check_shape, promoted_dtype, require, without_autocast
+from pinclip.ops._checks import (
+    check_device,
+    check_float,
+    check_shape,
+    promoted_dtype,
+    require,
+    without_autocast,
+)
 from pinclip.reference.attention import accumulation_dtype
 
 _GATE_KINDS = ("tanh", "channel")

@@ -13,8 +13,8 @@ def l2_normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
     x [..., D] of any floating dtype -> the same shape and dtype; the norm accumulates in fp32, or in fp64 for
     fp64.  Elsewhere than at zero it is torch.nn.functional.normalize, gradient included:
     dx = (dy - y <y, dy>) / ||x||, or dy / eps where ||x|| < eps.
-    Extra memory: one number per row.  Collectives: none.  Raises ValueError for x without a dimension, a dtype
-    that is not floating, and eps that is not positive.
+    Saved for backward: x and one number per row.  Collectives: none.  Raises ValueError for x without a
+    dimension, a dtype that is not floating, and eps that is not positive.
     """
     check_float("x", x)
     require(x.dim() >= 1, "x", "have at least one dimension", list(x.shape))

@@ -143,8 +143,7 @@ def coefficients(
         w_M = torch.where(has_positive_M, w_M, 0.0)
     if segment_weights_M is None and empty == "error":
         _raise_if_empty(~has_positive_M)
-    z = w_M.sum() if normalizer is None else normalizer
-    z = torch.as_tensor(z, dtype=torch.float64, device=of_K.device)
+    z = w_M.sum() if normalizer is None else scalar(normalizer, of_K, torch.float64)
     segment_M = share * w_M / torch.where(z > 0, z, 1.0)  # nothing has a positive: the loss is zero
     if normalize_entries:
         entries = entries / torch.where(has_positive_M, total_M, 1.0)[of_K]

@@ -4,6 +4,7 @@ Shapes: B batch, N tokens (Nq queries, Nk keys), H heads, D head dim, S segments
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] -> x / sqrt(mean_d(x^2) + eps) * weight, computed in fp32 or fp64."""
     wide = x.to(accumulation_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse * weight.to(wide.dtype)).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,8 +80,7 @@ def attention(
     if rope is not None:
         position = segment_positions(cu_seqlens, q.shape[0])
         q, k = (rotate(t, *(table[position] for table in rope)) for t in (q, k))
-    bounds = cu_seqlens.tolist()
-    segments = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
+    segments = [slice(*bounds) for bounds in pairwise(cu_seqlens.tolist())]
     parts = [dense_attention(q[None, s], k[None, s], v[None, s], causal, None, scale)[0] for s in segments]
     return torch.cat([q.new_zeros(0, q.shape[1] * q.shape[2]), *parts])
 

@@ -34,8 +34,7 @@ class DataConfig(_Table):
     path: str = Field(description="a pin store, or a raw folder of pins and edges (docs/data.md)")
     cold_fraction: float = Field(0.15, ge=0, lt=1, description="share of pins withheld with all their edges")
     split_seed: int = Field(0, description="which pins are withheld; apart from `seed`, so that runs compare")
-    tokenizer: str | None = Field(None, description="a tokenizer.json to load; by default one is trained")
-    vocab_size: int = Field(4096, ge=300, description="size of the trained vocabulary")
+    tokenizer: str | None = Field(None, description="a tokenizer.json to load; by default one is trained, of model.text.vocab_size")
     min_crop: float = Field(0.6, gt=0, le=1, description="smallest area share of a random crop; 1 = no crop")
     flip: bool = Field(False, description="mirror half of the training images")
     workers: int = Field(1, ge=0, description="data worker processes per rank")
@@ -61,7 +60,8 @@ class ModelConfig(_Table):
         return self
 
     def architecture(self, vocab_size: int) -> PinCLIPConfig:
-        """The model's own configuration, with the vocabulary that the tokenizer really has."""
+        """The model's own configuration, with the vocabulary that the tokenizer really has (a trained one may
+        be smaller than `text.vocab_size` allows)."""
         return PinCLIPConfig(
             image=self.image,
             text=self.text.model_copy(update={"vocab_size": vocab_size}),
@@ -120,7 +120,9 @@ class TrainConfig(_Table):
     batch_size: int = Field(256, ge=2, description="global batch, over all ranks and micro-batches")
     micro_batches: int = Field(1, ge=1, description="exact gradient accumulation (GradCache)")
     zero_stage: Literal[0, 1, 2, 3] = 0
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 parameters")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: autocast over fp32 parameters; auto: bf16 where the hardware multiplies it"
+    )
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(0, ge=0, description="0: only at the end")
     save_every: int = Field(0, ge=0, description="0: only at the end")
@@ -159,6 +161,12 @@ class RunConfig(_Table):
             return cls.model_validate(_tuples(table))
         except ValidationError as error:
             raise ConfigError(f"{source}: {_first_problem(error)}") from None
+
+    @model_validator(mode="after")
+    def _siglip_brings_no_tokenizer(self) -> RunConfig:
+        if self.model.siglip is not None and self.data.tokenizer is None:
+            raise ValueError("model.siglip needs data.tokenizer: the tokenizer.json that the weights were trained with")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:

@@ -31,10 +31,10 @@ class Trainee(nn.Module):
         self.temperatures = nn.ModuleDict({"image_text": _temperature(objective.image_text)})
         if objective.uses_neighbors or objective.own_fused_weight:
             self.temperatures["neighbor"] = _temperature(objective.neighbor)
-        self._autocast = precision == "bf16"
+        self.autocast = precision == "bf16" or (precision == "auto" and _multiplies_bf16())
 
     def forward(self, batch: PinBatch) -> tuple[Embeddings, Temperatures]:
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.autocast):
             embeddings = self.model(
                 to_float(batch.images),
                 batch.tokens,
@@ -105,3 +105,10 @@ class Objective:
 def _temperature(config: LossConfig) -> Temperature:
     bias = config.init_bias if config.kind == "sigmoid" else None
     return Temperature(config.init_scale, bias, config.max_scale)
+
+
+def _multiplies_bf16() -> bool:
+    """Whether bf16 products are done in hardware here; where they are emulated, fp32 is faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -72,7 +72,8 @@ def _lay_out(folder: Path, config: RunConfig, resume: bool) -> None:
         tokenizer = Tokenizer.load(config.data.tokenizer, max_length=_max_length(config))
     else:
         texts = (store.texts[pin] for pin in split.train)  # a cold pin's words are withheld with it
-        tokenizer = Tokenizer.train(texts, vocab_size=config.data.vocab_size, max_length=_max_length(config))
+        vocab_size = config.model.text.vocab_size
+        tokenizer = Tokenizer.train(texts, vocab_size=vocab_size, max_length=_max_length(config))
     with writing(folder):
         if not resume:
             _clear(folder)

@@ -42,6 +42,7 @@ def assert_same(left, right):
         assert a.dtype == b.dtype
 
 
+@settings(deadline=None)
 @given(edge_lists())
 def test_from_edges_equals_a_set(case):
     num_pins, num_boards, edges = case
@@ -58,6 +59,7 @@ def test_from_edges_equals_a_set(case):
     assert graph.pin_boards.dtype == graph.board_pins.dtype == np.int32
 
 
+@settings(deadline=None)
 @given(edge_lists(), st.data())
 def test_without_pins_equals_filtering_the_edges(case, data):
     num_pins, num_boards, edges = case
@@ -69,6 +71,7 @@ def test_without_pins_equals_filtering_the_edges(case, data):
         assert_same(build(*case).without_pins(pins), want)
 
 
+@settings(deadline=None)
 @given(edge_lists())
 def test_co_board_pins_equal_a_set(case):
     num_pins, _, edges = case

@@ -19,6 +19,7 @@ def cold_ids(ids, *arguments, **options):
     return {ids[pin] for pin in cold_split(ids, *arguments, **options).cold}
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(), unique=True, max_size=30), st.floats(0, 1), st.integers(-(2**63), 2**64))
 def test_partition_of_the_right_size(ids, fraction, seed):
     split = cold_split(ids, fraction, seed)

@@ -96,7 +96,7 @@ def test_bad_arguments():
         NeighborLoss()(x, y, SCALE, ids=IDS, partner=PARTNER + 1)
     with pytest.raises(ValueError, match="partner has row -2"):
         NeighborLoss()(x, y, SCALE, ids=IDS, partner=PARTNER - 1)
-    with pytest.raises(ValueError, match="partner has dtype torch.int32"):
+    with pytest.raises(ValueError, match="partner has dtype"):
         NeighborLoss()(x, y, SCALE, ids=IDS, partner=PARTNER.int())
     with pytest.raises(ValueError, match=r"y has shape \(7, 6\)"):
         NeighborLoss()(x, y[1:], SCALE, **good)

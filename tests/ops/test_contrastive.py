@@ -134,6 +134,16 @@ def test_normalizer_and_matryoshka(normalizer):
     assert_close([reference(*args, pairs, dims=(4, 8, 16), **options)], [fused(*args)])
 
 
+def test_equals_reference_across_tiles_of_the_real_size():
+    m, n = 600, 1100
+    x, y = embeddings(m, n, 8)
+    pairs = pair_kinds(m, n)["all"]
+    assert_close(
+        value_and_grads(lambda *a: contrastive_loss(*a, pairs), x, y, fp64(14.3)),
+        value_and_grads(lambda *a: reference(*a, pairs), x, y, fp64(14.3)),
+    )
+
+
 def test_equals_open_clip():
     x, y = embeddings(70, 70, 32)
     theirs = value_and_grads(open_clip.loss.ClipLoss(), x, y, fp64(14.3))

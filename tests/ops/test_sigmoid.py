@@ -196,7 +196,7 @@ def test_row_with_all_negatives_masked_keeps_its_positive():
     x, y = embeddings(m, n)
     known = csr([[c for c in range(n) if c != 3] if r == 3 else [] for r in range(m)])
     pairs = Pairs(known_indptr=known[0], known_indices=known[1], row_weights=(torch.arange(m) == 3).double())
-    loss, dx, dy, *_ = value_and_grads(
+    loss, dx, *_ = value_and_grads(
         lambda *a: sigmoid_loss(*a, pairs), x, y, fp64(5.0), fp64(BIAS), upstream=1.0
     )
     s = 5.0 * x[3] @ y[3] + BIAS
@@ -289,10 +289,8 @@ def test_compiles_as_one_graph():
 
     def step(x, y, scale, bias):
         pairs = Pairs(row_ids=torch.arange(20), col_ids=torch.arange(30))  # built inside the graph, too
-        both = sigmoid_loss(x, y, scale, bias, features, dims=(8, 16)) + sigmoid_loss(
-            x, y, scale, bias, pairs
-        )
-        return 2 * both
+        first = sigmoid_loss(x, y, scale, bias, features, dims=(8, 16))
+        return 2 * (first + sigmoid_loss(x, y, scale, bias, pairs))
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     args = (x, y, torch.tensor(5.0), torch.tensor(BIAS))

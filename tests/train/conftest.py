@@ -8,7 +8,7 @@ from pinclip.train.config import RunConfig
 TINY = {
     "seed": 0,
     "out": "unset",
-    "data": {"path": "unset", "workers": 0, "vocab_size": 300},
+    "data": {"path": "unset", "workers": 0},
     "model": {
         "embed_dim": 16,
         "image": {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "funnel": [1]},
@@ -17,7 +17,7 @@ TINY = {
     },
     "objective": {"image_fused_weight": 0.5, "text_fused_weight": 0.5, "own_fused_weight": 0.25},
     "optim": {"warmup_steps": 2, "lr": 0.003},
-    "train": {"steps": 5, "batch_size": 16, "log_every": 1},
+    "train": {"steps": 5, "batch_size": 16, "log_every": 1, "precision": "fp32"},
 }
 
 
