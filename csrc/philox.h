@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-// Compiles a function for AVX-512 as well, where the loop over lanes takes a sixth of the time; which one runs
-// is decided when the library is loaded.
+// Compiles a function for AVX-512 as well, where the loop over lanes takes a sixth of the time; which of the
+// two runs is decided when the library is loaded.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define PINCLIP_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
 #else

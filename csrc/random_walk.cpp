@@ -42,33 +42,43 @@ inline int64_t bounded(uint64_t word, int64_t count) {
   return static_cast<int64_t>((word * static_cast<uint64_t>(count)) >> 32);
 }
 
-// The first position of table[0, count) whose entry is >= value, else count. No branch depends on the table:
-// half of them would be mispredicted.
-inline int64_t first_at_least(const int32_t* table, int64_t count, int32_t value) {
-  const int32_t* low = table;
-  while (count > 1) {
-    const int64_t half = count / 2;
-    low += half & -static_cast<int64_t>(low[half - 1] < value);
-    count -= half;
+// For each lane the first entry of the table in [edge, end) that is >= value, else end. All lanes halve their
+// ranges in step, and no branch depends on the table: half of such branches would be mispredicted.
+void search_lanes(const int32_t* table, int count, int64_t (&edge)[kLanes], const int64_t (&end)[kLanes],
+                  const int32_t (&value)[kLanes]) {
+  int64_t left[kLanes], longest = 0;
+  for (int i = 0; i < count; ++i) {
+    left[i] = end[i] - edge[i];
+    longest = std::max(longest, left[i]);
   }
-  return low - table + (count == 1 && *low < value);
+  for (; longest > 1; longest -= longest / 2) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t half = left[i] / 2;
+      const int64_t probe = edge[i] + half - (half > 0);
+      edge[i] += half & -static_cast<int64_t>(table[probe] < value[i]);
+      left[i] -= half;
+    }
+  }
+  for (int i = 0; i < count; ++i) edge[i] += table[edge[i]] < value[i];
 }
 
-// Drops the walks for which stuck[i], filling their rows with -1 from `hop` on.
-void drop_stuck(Lanes& lanes, int64_t (&edge)[kLanes], const bool (&stuck)[kLanes],
+// Drops the walks that found no board, filling their rows with -1 from `hop` on.
+void drop_stuck(Lanes& lanes, int64_t (&edge)[kLanes], const int64_t (&end)[kLanes],
                 uint64_t (&words)[4][kLanes], int64_t hop, int64_t length) {
   int kept = 0;
   for (int i = 0; i < lanes.count; ++i) {
-    if (stuck[i]) {
+    if (edge[i] == end[i]) {
       std::fill(lanes.out[i] + hop, lanes.out[i] + length, -1);
       continue;
     }
-    lanes.home[kept] = lanes.home[i];
-    lanes.at[kept] = lanes.at[i];
-    lanes.out[kept] = lanes.out[i];
-    lanes.number[kept] = lanes.number[i];
-    edge[kept] = edge[i];
-    words[2][kept] = words[2][i];
+    if (kept < i) {
+      lanes.home[kept] = lanes.home[i];
+      lanes.at[kept] = lanes.at[i];
+      lanes.out[kept] = lanes.out[i];
+      lanes.number[kept] = lanes.number[i];
+      edge[kept] = edge[i];
+      words[2][kept] = words[2][i];
+    }
     ++kept;
   }
   lanes.count = kept;
@@ -78,26 +88,22 @@ void drop_stuck(Lanes& lanes, int64_t (&edge)[kLanes], const bool (&stuck)[kLane
 template <typename Index, bool kWeighted>
 void walk_lanes(const WalkGraph<Index>& graph, const WalkPlan& plan, Lanes& lanes) {
   uint64_t words[4][kLanes];
-  int64_t edge[kLanes], board[kLanes];
+  int64_t edge[kLanes], end[kLanes], board[kLanes];
+  int32_t value[kLanes];
   for (int64_t hop = 0; hop < plan.length; ++hop) {
     draw_words(words, lanes, static_cast<uint32_t>(hop), plan.seed);
-    bool stuck[kLanes] = {}, any_stuck = false;
     for (int i = 0; i < lanes.count; ++i) {
       const int64_t at = words[0][i] < plan.restart ? lanes.home[i] : lanes.at[i];
-      const int64_t begin = graph.pin_indptr[at], degree = graph.pin_indptr[at + 1] - begin;
-      if constexpr (kWeighted) {
-        const int32_t* table = graph.board_cdf + begin;
-        const int32_t value = static_cast<int32_t>(words[1][i] >> 1);
-        const int64_t draw = first_at_least(table, degree, value);
-        stuck[i] = draw == degree;
-        any_stuck |= stuck[i];
-        edge[i] = begin + draw;
-      } else {
-        edge[i] = begin + bounded(words[1][i], degree);
-      }
-      __builtin_prefetch(graph.pin_boards + edge[i]);
+      const int64_t begin = graph.pin_indptr[at];
+      end[i] = graph.pin_indptr[at + 1];
+      edge[i] = kWeighted ? begin : begin + bounded(words[1][i], end[i] - begin);
+      value[i] = static_cast<int32_t>(words[1][i] >> 1);
+      if constexpr (!kWeighted) __builtin_prefetch(graph.pin_boards + edge[i]);
     }
-    if (any_stuck) drop_stuck(lanes, edge, stuck, words, hop, plan.length);
+    if constexpr (kWeighted) {
+      search_lanes(graph.board_cdf, lanes.count, edge, end, value);
+      drop_stuck(lanes, edge, end, words, hop, plan.length);
+    }
     for (int i = 0; i < lanes.count; ++i) {
       board[i] = graph.pin_boards[edge[i]];
       __builtin_prefetch(graph.board_indptr + board[i]);

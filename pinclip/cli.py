@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("eval", help="evaluate a run on pins it was not trained on")
     command.add_argument("folder", metavar="RUN", help="a finished run folder")
-    command.add_argument("--data", metavar="DIR", help="other data than the run's own; all of it counts as cold")
+    command.add_argument(
+        "--data", metavar="DIR", help="other data than the run's own; all of it counts as cold"
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_eval)
 
@@ -85,7 +87,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     else:
         from pinclip.retrieval.tables import evaluation_table
 
-        print(f"{store.name}{' (synthetic)' if store.synthetic else ''}\n{evaluation_table(evaluation.summary)}")
+        print(
+            f"{store.name}{' (synthetic)' if store.synthetic else ''}\n{evaluation_table(evaluation.summary)}"
+        )
     return 0
 
 

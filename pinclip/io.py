@@ -21,6 +21,9 @@ _CANNOT_WRITE = {
     errno.ENOTDIR: "a part of the path is not a folder",
     errno.EISDIR: "it is a folder",
     errno.EFBIG: "file too large",
+    errno.ENOENT: "no such folder",
+    errno.EEXIST: "something is in the way",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 
 

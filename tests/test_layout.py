@@ -21,7 +21,13 @@ MAY_IMPORT = {
     "pinclip.losses": {"pinclip.ops", "pinclip.distributed"},
     "pinclip.graph": {"pinclip.ops"},
     "pinclip.data": {"pinclip.graph", "pinclip.ops", "pinclip.distributed"},
-    "pinclip.retrieval": {"pinclip.data", "pinclip.graph", "pinclip.models", "pinclip.ops", "pinclip.distributed"},
+    "pinclip.retrieval": {
+        "pinclip.data",
+        "pinclip.graph",
+        "pinclip.models",
+        "pinclip.ops",
+        "pinclip.distributed",
+    },
     "pinclip.train": {
         "pinclip.data",
         "pinclip.graph",
@@ -31,7 +37,13 @@ MAY_IMPORT = {
         "pinclip.ops",
         "pinclip.distributed",
     },
-    "pinclip.cli": {"pinclip.data", "pinclip.graph", "pinclip.retrieval", "pinclip.train", "pinclip.distributed"},
+    "pinclip.cli": {
+        "pinclip.data",
+        "pinclip.graph",
+        "pinclip.retrieval",
+        "pinclip.train",
+        "pinclip.distributed",
+    },
     "train": {"pinclip.cli"},
 }
 # Libraries that only one place may know.
@@ -77,7 +89,12 @@ MODULES = list(_modules())
 
 def test_the_walk_finds_the_house():
     names = {name for name, _ in MODULES}
-    assert {"pinclip.cli", "pinclip.ops.attention", "pinclip.train.engine", "pinclip_kernels.extension"} <= names
+    assert {
+        "pinclip.cli",
+        "pinclip.ops.attention",
+        "pinclip.train.engine",
+        "pinclip_kernels.extension",
+    } <= names
 
 
 @pytest.mark.parametrize("module,path", MODULES, ids=[name for name, _ in MODULES])
@@ -112,12 +129,16 @@ def test_reference_needs_torch_only():
 
 
 def test_collectives_are_issued_in_one_room():
-    calls = re.compile(r"\bdist(?:ributed)?\.(all_|reduce|broadcast|gather|scatter|barrier|send|recv|isend|irecv)")
+    calls = re.compile(
+        r"\bdist(?:ributed)?\.(all_|reduce|broadcast|gather|scatter|barrier|send|recv|isend|irecv)"
+    )
     for module, path in MODULES:
         if _room(module) == "pinclip.distributed":
             continue
         code = path.read_text(encoding="utf-8")
-        found = [m for m in calls.finditer(code) if "torch.distributed." in code[max(0, m.start() - 6) : m.end()]]
+        found = [
+            m for m in calls.finditer(code) if "torch.distributed." in code[max(0, m.start() - 6) : m.end()]
+        ]
         assert not found, f"{path} issues {found[0].group()}; only pinclip.distributed may"
 
 

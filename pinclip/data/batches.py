@@ -18,7 +18,7 @@ from pinclip.data.transforms import EvalTransform, TrainTransform
 from pinclip.errors import DataError
 from pinclip.graph.neighbors import NeighborSampler
 
-_ORDER, _CROP = 1, 2  # streams of the counter-based generator
+_ORDER, _CROP, _WORDS = 1, 2, 3  # streams of the counter-based generator
 
 
 @dataclass
@@ -38,7 +38,6 @@ class PinBatch:
     partner: torch.Tensor  # int64 [b]  global slot of the sampled neighbor, -1 for none
     known_indptr: torch.Tensor  # int64 [b + 1]  CSR of global slots that hold known neighbors
     known_indices: torch.Tensor  # int64 [nnz]
-    known_weights: torch.Tensor  # fp32 [nnz]
     log_q: torch.Tensor  # fp32 [b]  log-probability that a slot holds this pin
 
     def __len__(self) -> int:
@@ -84,7 +83,6 @@ class PinBatch:
             partner=self.partner[low:high],
             known_indptr=self.known_indptr.new_zeros(size + 1),
             known_indices=empty,
-            known_weights=self.known_weights[:0],
             log_q=self.log_q[low:high],
         )
 
@@ -108,17 +106,22 @@ class PinBatches(Dataset):
         steps: int,
         seed: int,
         neighbors: NeighborSampler | None,
+        token_dropout: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
     ):
         if batch_size % world_size:
-            raise DataError(f"train.batch_size = {batch_size} is not a multiple of the {world_size} processes")
+            raise DataError(
+                f"train.batch_size = {batch_size} is not a multiple of the {world_size} processes"
+            )
         if len(pins) < 2:
             raise DataError(f"{store.root}: {len(pins)} usable training pins; at least 2 are needed")
         self.store, self.train_pins, self.transform = store, np.asarray(pins), transform
         self.batch_size, self.steps, self.seed, self.neighbors = batch_size, steps, seed, neighbors
+        self.token_dropout = token_dropout
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.tokens, self.token_lengths = tokenizer(store.texts)
+        self.pad_id = tokenizer.pad_id
 
     def __len__(self) -> int:
         return self.steps
@@ -147,28 +150,36 @@ class PinBatches(Dataset):
         slots, partner = self.slots(step)
         pins = slots[self.share]
         image_rows = np.flatnonzero(self.store.has_image[pins])
-        lengths = self.token_lengths[pins]
-        text_rows = torch.nonzero(lengths).flatten()
+        text_rows = torch.nonzero(self.token_lengths[pins]).flatten()
+        tokens, token_lengths = self._texts(step, pins, text_rows)
         if self.neighbors is None:
-            known = np.zeros(len(pins) + 1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+            known = np.zeros(len(pins) + 1, np.int64), np.zeros(0, np.int64)
             log_q = np.zeros(len(pins), np.float32)
         else:
-            known = self.neighbors.known(pins, slots)
+            known = self.neighbors.known(pins, slots)[:2]
             log_q = self.neighbors.log_q(pins)
         return PinBatch(
             step=step,
             pins=torch.from_numpy(pins),
             images=self._images(step, pins, image_rows),
             image_rows=torch.from_numpy(image_rows),
-            tokens=self.tokens[pins][text_rows],
-            token_lengths=lengths[text_rows],
+            tokens=tokens,
+            token_lengths=token_lengths,
             text_rows=text_rows,
             partner=torch.from_numpy(partner[self.share]),
             known_indptr=torch.from_numpy(known[0]),
             known_indices=torch.from_numpy(known[1]),
-            known_weights=torch.from_numpy(known[2]),
             log_q=torch.from_numpy(log_q),
         )
+
+    def _texts(self, step: int, pins: np.ndarray, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, lengths = self.tokens[pins][rows], self.token_lengths[pins][rows]
+        if not self.token_dropout:
+            return tokens, lengths
+        # All slots' numbers are drawn and this rank's taken, so that the world size changes nothing.
+        draws = _generator(self.seed, _WORDS, step).random((self.batch_size, tokens.shape[1]), np.float32)
+        dropped = torch.from_numpy(draws[self.share])[rows] < self.token_dropout
+        return drop_tokens(tokens, lengths, dropped, self.pad_id)
 
     def _images(self, step: int, pins: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         size = self.transform.size
@@ -226,9 +237,23 @@ class PinChunks(Dataset):
             partner=torch.full((len(pins),), -1),
             known_indptr=torch.zeros(len(pins) + 1, dtype=torch.int64),
             known_indices=none,
-            known_weights=none.float(),
             log_q=torch.zeros(len(pins)),
         )
+
+
+def drop_tokens(
+    tokens: torch.Tensor, lengths: torch.Tensor, dropped: torch.Tensor, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remove the `dropped` tokens [n, L], but never a text's last token (the end token) nor all the others."""
+    place = torch.arange(tokens.shape[1])
+    last = lengths.long()[:, None] - 1
+    inner = place < last
+    dropped = dropped & inner
+    dropped &= (inner & ~dropped).any(dim=1, keepdim=True)
+    kept = (place <= last) & ~dropped
+    order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
+    lengths = kept.sum(dim=1, dtype=lengths.dtype)
+    return tokens.gather(1, order).masked_fill(place >= lengths[:, None], pad_id), lengths
 
 
 def _generator(seed: int, stream: int, counter: int) -> np.random.Generator:

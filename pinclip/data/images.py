@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 
 from PIL import Image, ImageOps
 
@@ -10,6 +13,14 @@ from pinclip.errors import DataError
 
 # 200 MB as RGBA; what is larger is a print poster or an attack, and several are decoded at a time.
 MOST_PIXELS = 50_000_000
+
+
+@contextlib.contextmanager
+def without_size_warnings() -> Iterator[None]:
+    """Silence PIL's warning of large images, which `decode` refuses anyway, in all threads meanwhile."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def decode(data: bytes, at_least: int | None = None) -> Image.Image:

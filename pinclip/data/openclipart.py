@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from pinclip.data import apt
-from pinclip.data.images import decode
+from pinclip.data.images import decode, without_size_warnings
 from pinclip.data.store import Pin, PinStore, check_output, links_from_boards, write_store
 from pinclip.errors import DataError
 
@@ -210,7 +210,7 @@ def _shrink_all(root: Path, drawings: Sequence[Drawing], progress: bool) -> dict
     """{pin id: image} of the drawings that have a picture to show."""
     images = {}
     for drawing in tqdm(drawings, desc="shrink", unit="png", disable=None if progress else True):
-        with suppress(DataError):
+        with suppress(DataError), without_size_warnings():
             images[drawing.id] = _shrink(root / "png" / f"{drawing.path}.png")
     return images
 

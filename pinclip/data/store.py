@@ -16,7 +16,6 @@ import errno
 import json
 import mmap
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from pinclip.data.images import decode
+from pinclip.data.images import decode, without_size_warnings
 from pinclip.errors import DataError
 from pinclip.graph.board_graph import BoardGraph
 from pinclip.io import atomic_directory
@@ -170,9 +169,7 @@ def write_store(
     """
     check_output(out)
     out = Path(out)
-    with atomic_directory(out) as folder, warnings.catch_warnings():
-        # `decode` has a bound of its own, below the size at which PIL begins to warn.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with atomic_directory(out) as folder, without_size_warnings():
         table = _write_pins(folder, pins, progress)
         bad = table["bad"].is_valid().to_numpy()
         _check_bad(table, bad, max_bad, info["source"])

@@ -11,18 +11,23 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random crop of area share [min_crop, 1] and aspect ratio [3/4, 4/3], resized to `size`; maybe mirrored."""
+    """Random crop of area share [min_crop, 1] and aspect ratio [3/4, 4/3], resized to `size`; maybe mirrored;
+    contrast, brightness and saturation each changed by up to the share `color_jitter`."""
 
     size: int
-    min_crop: float
-    flip: bool
+    min_crop: float = 1.0
+    flip: bool = False
+    color_jitter: float = 0.0
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> torch.Tensor:
         """PIL RGB to uint8 [3, size, size]."""
         image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=self._box(image, random))
         if self.flip and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _to_tensor(image)
+        pixels = np.asarray(image)
+        if self.color_jitter:
+            pixels = _jitter(pixels, self.color_jitter * (2 * random.random(3, np.float32) - 1))
+        return _to_tensor(pixels)
 
     def _box(self, image: Image.Image, random: np.random.Generator) -> tuple[float, float, float, float]:
         width, height = image.size
@@ -44,7 +49,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """PIL RGB to uint8 [3, size, size]."""
-        return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
+        return _to_tensor(np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR)))
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -52,5 +57,13 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1.0
 
 
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def _jitter(pixels: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]; change = (contrast, brightness, saturation), each a share around 0."""
+    contrast, brightness, saturation = change
+    values = pixels * (1 + contrast) + 127.5 * (brightness - contrast)
+    grey = values.mean(axis=2, keepdims=True)
+    return np.clip(grey + (1 + saturation) * (values - grey), 0, 255).astype(np.uint8)
+
+
+def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -163,7 +163,7 @@ class Encoder(nn.Module):
     def forward(
         self, x: Tensor, sequences: Sequences = DENSE, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        for layer in self.layers[start:stop]:
+        for layer in list(self.layers)[start:stop]:
             x = run(layer, x, sequences, recompute=self.activation_checkpointing)
         return x
 

@@ -37,7 +37,7 @@ def check_key_lengths(key_lengths: Tensor, batch: int, first: str, reference: Te
 
 def check_alike(first: str, reference: Tensor, **others: Tensor) -> None:
     """All tensors have the device and, unless autocast will see to it, the dtype of `reference`."""
-    if not torch.is_autocast_enabled(reference.device.type):
+    if not _autocast_is_on(reference.device.type):
         for name, tensor in others.items():
             same = tensor.dtype == reference.dtype
             require(same, name, f"have the dtype {reference.dtype} of {first}", tensor.dtype)
@@ -59,10 +59,14 @@ def promoted_dtype(*tensors: Tensor) -> torch.dtype:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as a matrix product sees them: in autocast's dtype where it is on, but for fp64."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not _autocast_is_on(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(body: Callable) -> Callable:
@@ -75,7 +79,7 @@ def without_autocast(body: Callable) -> Callable:
     @functools.wraps(body)
     def run(*args):
         device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(device_type):
+        if not _autocast_is_on(device_type):
             return body(*args)
         with torch.autocast(device_type, enabled=False):
             return body(*args)

@@ -61,7 +61,7 @@ def attention(
     scale        default Dh^-0.5.
 
     Any floating dtype; scores and softmax accumulate in fp32, or in fp64 for fp64 inputs.  Under autocast the
-    inputs are cast as for scaled_dot_product_attention.  Gradients: q, k, v, the norm weights.  Deterministic.
+    inputs are cast as for scaled_dot_product_attention.  Gradients: q, k, v and the norms.  Deterministic.
     Extra memory: one number per query and head; qk_norm and rope keep copies of q and k.  Collectives: none.
     Raises ValueError for shapes, dtypes, devices and combinations other than these.
     Source: arXiv 1706.03762; the one-pass softmax of arXiv 2205.14135; RoPE arXiv 2104.09864.

@@ -41,8 +41,9 @@ def attention_pool(
                  and has zero gradient.
 
     form "absorbed": U_h = q_h w_k,h / sqrt(E);  p = softmax_n(x U_h^T);  z = p x;  out_h = z w_v,h^T + b_v,h.
-    K and V are never formed: 4 N D R multiply-adds' work falls to 2 N D R instead of 2 N D^2, so it is chosen
-    by "auto" where R = P H <= D/2, that is P <= E/2 probes; else "standard", by pinclip.ops.attention.
+    K and V are never formed: 2 N D R multiply-adds per row instead of their 2 N D^2.  "auto" chooses it where
+    R = P H <= D/2, that is P <= E/2 probes, else "standard", through pinclip.ops.attention.  Measured on a
+    CPU, forward and backward at D 192, E 64: 9 times as fast at 1 probe, 1.4 at 32, 0.7 at 64.
     b_k adds the same to every score of a row: its gradient is exactly zero in the absorbed form.
 
     One floating dtype for all (autocast casts them); probabilities in fp32, or in fp64 for fp64.  Gradients:

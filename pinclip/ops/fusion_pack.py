@@ -152,7 +152,7 @@ def fusion_pack(
     tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
     _check(*tensors, layout)
     slots = (layout.fusion_slots, layout.image_slots, layout.text_slots)
-    return _fusion_pack(*tensors, layout.source, layout.kind, *slots, float(eps))[0]
+    return _fusion_pack(*tensors, layout.source, *slots, float(eps))[0]
 
 
 def _check(
@@ -193,7 +193,6 @@ def _fusion_pack(
     weight: Tensor,
     bias: Tensor,
     source: Tensor,
-    kind: Tensor,
     fusion_slots: Tensor,
     image_slots: Tensor,
     text_slots: Tensor,
@@ -234,7 +233,6 @@ def _fusion_pack_backward(
     weight: Tensor,
     bias: Tensor,
     source: Tensor,
-    kind: Tensor,
     fusion_slots: Tensor,
     image_slots: Tensor,
     text_slots: Tensor,
@@ -267,7 +265,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad, _grad_mean, _grad_rstd):
-    return *_fusion_pack_backward(grad, *ctx.saved_tensors), *[None] * 6
+    return *_fusion_pack_backward(grad, *ctx.saved_tensors), *[None] * 5
 
 
 _fusion_pack.register_autograd(_gradients, setup_context=_save)

@@ -86,14 +86,21 @@ def rank_queries(space: Space, task: Task, *, batch: int | None = None) -> Query
     lacking_C = torch.from_numpy(~space.has_corpus[task.corpus])
     size = len(task.corpus) - (1 if task.without_self else 0)
     rows = batch or max(1, _SCORES_AT_ONCE // max(1, len(task.corpus)))
-    tiles = []
+    # The results stand before the tiles do: small arrays kept between freed tiles would fragment the heap.
+    metrics = {name: np.zeros(len(task.queries)) for name in ("recall_1", "recall_10", "mrr", "ndcg_10")}
+    metrics["relevant"] = np.zeros(len(task.queries), np.int64)
     for start in range(0, len(task.queries), rows):
         pins = task.queries[start : start + rows]
         scores = _scores(space, pins, task.corpus, lacking_C)
         relevant = torch.from_numpy(task.relevant(pins)).to(scores.device)
         own = torch.from_numpy(position[pins]).to(scores.device) if task.without_self else None
-        tiles.append(rank_metrics(scores, relevant, own))
-    return _collect(tiles, task.queries, ~space.has_query[task.queries], size)
+        for name, values in rank_metrics(scores, relevant, own).items():
+            metrics[name][start : start + rows] = values
+    missing = ~space.has_query[task.queries]
+    for name in ("recall_1", "recall_10", "mrr", "ndcg_10"):
+        metrics[name][missing] = 0
+    chance = chance_recall(metrics["relevant"], size)
+    return QueryMetrics(task.queries, **metrics, chance_10=chance, missing=missing, corpus=size)
 
 
 def nearest(
@@ -116,23 +123,10 @@ def nearest(
         ordered = scores.sort(dim=1, descending=True, stable=True)
         columns = ordered.indices[:, :width].cpu().numpy()
         absent = (ordered.values[:, :width] == LACKING).cpu().numpy()
-        found[start : start + rows] = np.where(absent, -1, corpus[columns])
+        found[start : start + rows] = corpus[columns]
     return found
 
 
 def _scores(space: Space, pins: np.ndarray, corpus: np.ndarray, lacking_C: torch.Tensor) -> torch.Tensor:
     scores = space.score(pins, corpus)
     return scores.masked_fill_(lacking_C.to(scores.device), LACKING)
-
-
-def _collect(tiles: list[dict], pins: np.ndarray, missing: np.ndarray, size: int) -> QueryMetrics:
-    def join(name: str, dtype: type) -> np.ndarray:
-        return np.concatenate([tile[name] for tile in tiles]) if tiles else np.empty(0, dtype)
-
-    relevant = join("relevant", np.int64)
-    metrics = {
-        name: np.where(missing, 0.0, join(name, np.float64))
-        for name in ("recall_1", "recall_10", "mrr", "ndcg_10")
-    }
-    chance = chance_recall(relevant, size) if len(pins) else np.empty(0)
-    return QueryMetrics(pins, **metrics, chance_10=chance, relevant=relevant, missing=missing, corpus=size)

@@ -27,7 +27,9 @@ def ablate(config: str, seeds: int, out: Path, overrides: dict[str, object]) -> 
     A run that has already finished with the same configuration is evaluated again, not trained again.
     """
     if not RunConfig.load(config, overrides).objective.uses_neighbors:
-        raise ConfigError(f"{config}: every neighbor weight of [objective] is 0, so there is nothing to switch off")
+        raise ConfigError(
+            f"{config}: every neighbor weight of [objective] is 0, so there is nothing to switch off"
+        )
     off = {f"objective.{name}": 0.0 for name in _WEIGHTS}
     evaluations: dict[str, dict[int, Evaluation]] = {"off": {}, "on": {}}
     for seed in range(seeds):

@@ -1,8 +1,8 @@
 """Checkpoints: written aside, hashed, synced and renamed; resume takes the newest one that is whole.
 
-    RUN/checkpoints/step-00000200/
-        state/          what DeepSpeed writes, a part per rank
-        manifest.json   step, configuration, number of ranks, size and SHA-256 of every file
+RUN/checkpoints/step-00000200/
+    state/          what DeepSpeed writes, a part per rank
+    manifest.json   step, configuration, number of ranks, size and SHA-256 of every file
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def _removed_on_failure(partial: Path) -> Iterator[None]:
         shutil.rmtree(partial, ignore_errors=True)
         # torch's writer reports a full disk as a RuntimeError of its archive format.
         if isinstance(error, RuntimeError) and "inline_container" in str(error):
-            raise DataError(f"cannot write {partial}: the disk is full, or a file size limit was reached") from error
+            raise DataError(
+                f"cannot write {partial}: the disk is full, or a file size limit was reached"
+            ) from error
         raise
 
 
@@ -109,8 +111,7 @@ def _same_run(folder: Path, manifest: dict, config: RunConfig) -> None:
             )
     if manifest["world_size"] != distributed.world_size():
         raise CheckpointError(
-            f"{folder}: made by {manifest['world_size']} processes, "
-            f"this run has {distributed.world_size()}"
+            f"{folder}: made by {manifest['world_size']} processes, this run has {distributed.world_size()}"
         )
 
 

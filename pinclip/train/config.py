@@ -34,9 +34,13 @@ class DataConfig(_Table):
     path: str = Field(description="a pin store, or a raw folder of pins and edges (docs/data.md)")
     cold_fraction: float = Field(0.15, ge=0, lt=1, description="share of pins withheld with all their edges")
     split_seed: int = Field(0, description="which pins are withheld; apart from `seed`, so that runs compare")
-    tokenizer: str | None = Field(None, description="a tokenizer.json to load; by default one is trained, of model.text.vocab_size")
-    min_crop: float = Field(0.6, gt=0, le=1, description="smallest area share of a random crop; 1 = no crop")
+    tokenizer: str | None = Field(
+        None, description="a tokenizer.json to load; by default one is trained, of model.text.vocab_size"
+    )
+    min_crop: float = Field(0.4, gt=0, le=1, description="smallest area share of a random crop; 1 = no crop")
     flip: bool = Field(False, description="mirror half of the training images")
+    color_jitter: float = Field(0.2, ge=0, lt=1, description="change of contrast, brightness and saturation")
+    token_dropout: float = Field(0.2, ge=0, lt=1, description="share of a training text's tokens left out")
     workers: int = Field(1, ge=0, description="data worker processes per rank")
     max_bad: float = Field(0.05, ge=0, le=1, description="largest share of bad pins that training may skip")
 
@@ -88,10 +92,10 @@ class ObjectiveConfig(_Table):
     image_text_weight: float = Field(1.0, ge=0, description="image of a pin and its own text")
     own_fused_weight: float = Field(0.0, ge=0, description="fused vector of a pin and its own image, text")
     fused_fused_weight: float = Field(1.0, ge=0, description="fused vectors of two neighbors")
-    image_fused_weight: float = Field(0.0, ge=0, description="image of a pin, fused vector of a neighbor")
-    text_fused_weight: float = Field(0.0, ge=0, description="text of a pin, fused vector of a neighbor")
-    known_neighbors: Literal["mask", "attract", "repel"] = Field(
-        "mask", description="other neighbors in the batch: no negatives, further positives, or negatives"
+    image_fused_weight: float = Field(0.5, ge=0, description="image of a pin, fused vector of a neighbor")
+    text_fused_weight: float = Field(0.5, ge=0, description="text of a pin, fused vector of a neighbor")
+    mask_known: bool = Field(
+        True, description="other pins of the batch that share a training board are no negatives"
     )
     log_q: bool = Field(True, description="correct for popular pins being drawn more often")
     board_damping: float = Field(0.5, ge=0, description="a board is walked in proportion to size^-damping")
@@ -165,7 +169,9 @@ class RunConfig(_Table):
     @model_validator(mode="after")
     def _siglip_brings_no_tokenizer(self) -> RunConfig:
         if self.model.siglip is not None and self.data.tokenizer is None:
-            raise ValueError("model.siglip needs data.tokenizer: the tokenizer.json that the weights were trained with")
+            raise ValueError(
+                "model.siglip needs data.tokenizer: the tokenizer.json that the weights were trained with"
+            )
         return self
 
     @model_validator(mode="after")
@@ -211,7 +217,9 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         valid = _keys(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"valid: {', '.join(valid)}"
+        hint = (
+            f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"valid: {', '.join(valid)}"
+        )
         return f"unknown key {key!r}; {hint}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
@@ -231,5 +239,7 @@ def _keys(location: list[str]) -> list[str]:
 
 def _table_class(annotation: object) -> type[BaseModel]:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return next(a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
+        return next(
+            a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)
+        )
     return typing.cast(type[BaseModel], annotation)

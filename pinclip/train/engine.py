@@ -95,7 +95,9 @@ class Engine:
     def save(self, folder: Path, client_state: dict) -> None:
         """Write every rank's part of module, optimiser and schedule. A collective."""
         with _quiet():
-            self._engine.save_checkpoint(str(folder), tag="state", client_state=client_state, save_latest=False)
+            self._engine.save_checkpoint(
+                str(folder), tag="state", client_state=client_state, save_latest=False
+            )
 
     def load(self, folder: Path) -> dict:
         """Read what `save` wrote on the same number of ranks; returns the client state."""
@@ -127,7 +129,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def _never_decays(name: str) -> bool:
-    return any(part in name for part in ("position", "type_embedding", "fusion_tokens", "probe", "temperature"))
+    return any(
+        part in name for part in ("position", "type_embedding", "fusion_tokens", "probe", "temperature")
+    )
 
 
 def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:

@@ -67,7 +67,9 @@ class Metrics:
             self._file.flush()
             for name, value in values.items():
                 self._board.add_scalar(f"eval/{name}", value, step)
-            print(f"  eval at step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True)
+            print(
+                f"  eval at step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True
+            )
         self._since = time.perf_counter()
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ class Objective:
             for name, own, has in (("own_image", image, has_image), ("own_text", text, has_text)):
                 loss = self._own(fused, own, scale, bias, ids=batch.pins, valid=has, log_q=log_q)
                 yield name, (config.own_fused_weight / 2, loss)
-        known = (batch.known_indptr, batch.known_indices) if config.known_neighbors == "mask" else None
+        known = (batch.known_indptr, batch.known_indices) if config.mask_known else None
         for name, weight, own, has in (
             ("fused_fused", config.fused_fused_weight, fused, has_image | has_text),
             ("image_fused", config.image_fused_weight, image, has_image),

@@ -69,7 +69,9 @@ def _environment(run: TrainedRun, history: list[dict]) -> dict:
         "steps": run.config.train.steps,
         "seconds": float(seconds),
         "pins_per_second": run.config.train.steps * run.config.train.batch_size / seconds if seconds else 0.0,
-        "device": facts["gpu"] if facts["gpu"] != "none" else f"{facts['processor']}, {facts['threads']} threads",
+        "device": facts["gpu"]
+        if facts["gpu"] != "none"
+        else f"{facts['processor']}, {facts['threads']} threads",
         "peak_memory_bytes": int(1e9 * max((row["memory_gb"] for row in steps), default=0)),
         **facts,
     }

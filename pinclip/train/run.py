@@ -1,11 +1,11 @@
 """A run folder and what is built from it.
 
-    RUN/
-        config.json       the validated configuration        environment.json  machine and versions
-        split.json        which pins are cold                 bad_pins.jsonl    pins that training skips
-        metrics.jsonl     one row every log_every steps       tensorboard/
-        checkpoints/      to resume                           model/            to use: weights, tokenizer
-        eval.json         retrieval results                   report.html
+RUN/
+    config.json       the validated configuration        environment.json  machine and versions
+    split.json        which pins are cold                 bad_pins.jsonl    pins that training skips
+    metrics.jsonl     one row every log_every steps       tensorboard/
+    checkpoints/      to resume                           model/            to use: weights, tokenizer
+    eval.json         retrieval results                   report.html
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _batches(config: RunConfig, store: PinStore, split: Split, tokenizer: Tokeni
     if config.objective.uses_neighbors:
         graph = split.training_graph(store.graph)
         if graph.board_sizes.max(initial=0) < 2:
-            raise DataError(f"{store.root}: no board holds two training pins, so there are no neighbors to align")
+            raise DataError(
+                f"{store.root}: no board holds two training pins, so there are no neighbors to align"
+            )
         neighbors = NeighborSampler(
             graph,
             config.seed,
@@ -126,11 +128,12 @@ def _batches(config: RunConfig, store: PinStore, split: Split, tokenizer: Tokeni
         store,
         split.train[~store.bad[split.train]],
         tokenizer,
-        TrainTransform(_image_size(config), config.data.min_crop, config.data.flip),
+        TrainTransform(_image_size(config), config.data.min_crop, config.data.flip, config.data.color_jitter),
         batch_size=config.train.batch_size,
         steps=config.train.steps,
         seed=config.seed,
         neighbors=neighbors,
+        token_dropout=config.data.token_dropout,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
@@ -175,9 +178,13 @@ class TrainedRun:
             raise CheckpointError(f"{folder}: not a run folder (it has no config.json)")
         if not (folder / "model").is_dir():
             raise CheckpointError(f"{folder}: the run has not finished (it has no model folder)")
-        config = RunConfig.parse(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
+        config = RunConfig.parse(
+            json.loads((folder / "config.json").read_text()), str(folder / "config.json")
+        )
         model = load_model(folder / "model")
-        tokenizer = Tokenizer.load(folder / "model" / "tokenizer.json", max_length=model.config.text.max_length)
+        tokenizer = Tokenizer.load(
+            folder / "model" / "tokenizer.json", max_length=model.config.text.max_length
+        )
         return cls(folder, config, model, tokenizer)
 
     def dataset(self, path: str | None) -> tuple[PinStore, np.ndarray]:

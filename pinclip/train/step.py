@@ -48,7 +48,9 @@ def forward_backward(
         embeddings, again = engine.forward(micro)
         rows = slice(index * size, (index + 1) * size)
         surrogate = sum(
-            (value * leaf.grad[rows]).sum() for value, leaf in zip(embeddings, leaves) if leaf.grad is not None
+            (value * leaf.grad[rows]).sum()
+            for value, leaf in zip(embeddings, leaves)
+            if leaf.grad is not None
         )
         engine.backward(surrogate + _temperature_part(again, temperatures, 1.0 if index == 0 else 0.0))
     return loss.detach(), parts

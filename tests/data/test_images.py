@@ -104,3 +104,12 @@ def test_pil_own_limit_is_an_error_too(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(DataError, match="pixels"):
         decode(picture("red", (8, 6)))
+
+
+def test_large_images_of_an_import_warn_of_nothing(monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with images.without_size_warnings():
+        decode(picture("red", (8, 6)))
+    assert not recwarn.list
+    decode(picture("red", (8, 6)))
+    assert len(recwarn.list) == 1

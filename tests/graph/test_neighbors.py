@@ -281,7 +281,7 @@ def test_refusals(options, message):
 
 
 def test_a_batch_is_fast():
-    """256 pins in under 1 ms, 256 x 256 known pairs in under 3 ms: the best of many (cores are shared)."""
+    """256 pins in under 1 ms, 256 x 256 known pairs in under 3 ms: processor time, the best of 40."""
     sampler = NeighborSampler(random_graph(10_000, 40_000, 900_000), 0, board_damping=0.5)
     rng = np.random.default_rng(0)
     rows, cols = rng.integers(0, 10_000, 256), rng.integers(0, 10_000, 256)
@@ -289,9 +289,9 @@ def test_a_batch_is_fast():
     def best(call):
         times = []
         for _ in range(40):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             call()
-            times.append(time.perf_counter() - begin)
+            times.append(time.thread_time() - begin)
         return min(times)
 
     assert best(lambda: sampler.sample(rows, 0)) < 1e-3

@@ -2,15 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import tiny_table, to_toml
 
 from pinclip.cli import main, train_main
-from tests.train.conftest import tiny_table
-from tests.train.test_processes import to_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,9 +27,20 @@ def finished(store_path, tmp_path_factory):
 
 def test_a_run_leaves_everything_in_its_folder(finished):
     run = finished / "run"
-    for name in ("config.json", "split.json", "environment.json", "metrics.jsonl", "eval.json", "report.html"):
+    for name in (
+        "config.json",
+        "split.json",
+        "environment.json",
+        "metrics.jsonl",
+        "eval.json",
+        "report.html",
+    ):
         assert (run / name).is_file(), name
-    assert sorted(p.name for p in (run / "model").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (run / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval" in row] == [3]
     assert {"loss", "image_text", "lr", "pins_per_second", "data_wait", "memory_gb"} <= rows[0].keys()
@@ -64,7 +75,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(finished, tmp_path, capsys):
     config = finished / "run.toml"
     for command, message in [
         (lambda: train_main(["--config", str(tmp_path / "no.toml")]), "no.toml: no such file"),
-        (lambda: train_main(["--config", str(config), "--set", "train.stepz=1"]), "unknown key 'train.stepz'"),
+        (
+            lambda: train_main(["--config", str(config), "--set", "train.stepz=1"]),
+            "unknown key 'train.stepz'",
+        ),
         (lambda: train_main(["--config", str(config), "--set", f"data.path={tmp_path}/none"]), "none"),
         (lambda: main(["eval", str(tmp_path)]), "not a run folder"),
         (lambda: main(["eval", str(finished / "run"), "--data", str(tmp_path / "absent")]), "absent"),
@@ -80,8 +94,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(finished, tmp_path, capsys):
 
 
 def test_unfinished_run_and_damaged_model(finished, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished / "run", copy)
     weights = copy / "model" / "model.safetensors"
@@ -133,4 +145,6 @@ def test_full_disk_while_a_checkpoint_is_written(store_path, tmp_path):
     )
     assert result.returncode == 2, result.stderr[-2000:]
     assert "error: cannot write" in result.stderr and "Traceback" not in result.stderr
-    assert not list((tmp_path / "run").glob("checkpoints/step-*")) and not (tmp_path / "run" / "model").exists()
+    assert (
+        not list((tmp_path / "run").glob("checkpoints/step-*")) and not (tmp_path / "run" / "model").exists()
+    )

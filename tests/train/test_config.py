@@ -37,17 +37,29 @@ def test_good_file(tmp_path):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (("steps = 3", "steps = 3\nbatchsize = 4"), r"unknown key 'train.batchsize'; did you mean 'train.batch_size'\?"),
+        (
+            ("steps = 3", "steps = 3\nbatchsize = 4"),
+            r"unknown key 'train.batchsize'; did you mean 'train.batch_size'\?",
+        ),
         (("[train]", "[trian]\nsteps = 1\n[train]"), r"unknown key 'trian'; did you mean 'train'\?"),
-        (("depth = 1, heads = 2}\nfusion", "dpeth = 1, depth = 1, heads = 2}\nfusion"), r"'model.text.dpeth'.*'model.text.depth'"),
+        (
+            ("depth = 1, heads = 2}\nfusion", "dpeth = 1, depth = 1, heads = 2}\nfusion"),
+            r"'model.text.dpeth'.*'model.text.depth'",
+        ),
         (("steps = 3", 'steps = "three"'), r"train.steps = 'three'"),
         (("steps = 3", "steps = 3.5"), r"train.steps = 3.5"),
         (("steps = 3", "steps = 0"), r"train.steps = 0"),
         (("steps = 3", ""), r"key 'train.steps' is missing"),
-        (("steps = 3", "steps = 3\nbatch_size = 30\nmicro_batches = 4"), r"batch_size = 30 must be a multiple"),
+        (
+            ("steps = 3", "steps = 3\nbatch_size = 30\nmicro_batches = 4"),
+            r"batch_size = 30 must be a multiple",
+        ),
         (("embed_dim = 16", "embed_dim = 16\nsiglip = 'x'"), r"either siglip or the tables"),
         (("[data]", "[data"), r"not a TOML file"),
-        (("width = 16, depth = 1, heads = 2}\nfusion", "width = 15, depth = 1, heads = 2}\nfusion"), r"width 15"),
+        (
+            ("width = 16, depth = 1, heads = 2}\nfusion", "width = 15, depth = 1, heads = 2}\nfusion"),
+            r"width 15",
+        ),
     ],
 )
 def test_bad_file_names_the_file_and_the_key(tmp_path, change, message):

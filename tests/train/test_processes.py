@@ -1,6 +1,7 @@
 """Two processes under the DeepSpeed launcher equal one on the same global batch, at every ZeRO stage."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import tiny_table, to_toml
 
 from pinclip.train.metrics import read_rows
 from pinclip.train.run import TrainedRun
-from tests.train.conftest import tiny_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANGES = {"train.steps": 5, "model.dims": [8, 16], "optim.lr": 0.003}
@@ -22,7 +23,13 @@ def launch(processes, config_path, *arguments):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={port}"),
+        *(
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            f"--num_gpus={processes}",
+            f"--master_port={port}",
+        ),
         *("train.py", "--config", str(config_path), "--no-report", *arguments),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -34,19 +41,6 @@ def write_config(path, store_path, out, **changes):
     table = tiny_table(store_path, out, {**CHANGES, **changes})
     path.write_text(to_toml(table))
     return path
-
-
-def to_toml(table):
-    lines = [f"{k} = {toml_value(v)}" for k, v in table.items()]
-    return "\n".join(lines) + "\n"
-
-
-def toml_value(value):
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +60,16 @@ def test_two_processes_equal_one(alone, store_path, tmp_path, stage, micro_batch
     for a, b in zip(one, two):
         for name in ("loss", "image_text", "fused_fused", "image_fused", "text_fused", "own_image"):
             assert b[name] == pytest.approx(a[name], rel=2e-5), (a["step"], name)
-    want, got = TrainedRun.open(alone).model.state_dict(), TrainedRun.open(tmp_path / "run").model.state_dict()
+    want, got = (
+        TrainedRun.open(alone).model.state_dict(),
+        TrainedRun.open(tmp_path / "run").model.state_dict(),
+    )
     for name in want:
         # Adam divides by the gradient's size, so rounding in a gradient that is nearly zero (the key bias'
         # is exactly zero in theory) moves a weight by a share of the learning rate: 0.003 in each of 5 steps.
-        torch.testing.assert_close(got[name], want[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.slow
@@ -80,8 +79,6 @@ def test_two_processes_resume(store_path, tmp_path):
     whole = write_config(tmp_path / "whole.toml", store_path, tmp_path / "whole", **changes)
     launch(2, whole)
     # The checkpoint of step 3 is whole; losing the last one is what a crash after step 3 looks like.
-    import shutil
-
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000005")
     again = write_config(tmp_path / "again.toml", store_path, tmp_path / "again", **changes)

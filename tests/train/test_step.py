@@ -44,7 +44,11 @@ def gradients(trainee, objective, batch, micro_batches):
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_micro_batches_equal_the_large_batch(tiny, kind, micro_batches):
-    changes = {"objective.image_text": {"kind": kind}, "objective.neighbor": {"kind": kind}, "model.dims": [8, 16]}
+    changes = {
+        "objective.image_text": {"kind": kind},
+        "objective.neighbor": {"kind": kind},
+        "model.dims": [8, 16],
+    }
     _, run, trainee, objective = setup(tiny, **changes)
     batch = run.batches[0]
     want_loss, want_parts, want = gradients(trainee, objective, batch, 1)
