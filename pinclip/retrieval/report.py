@@ -27,6 +27,7 @@ _EVAL_LABELS = {
     "related/image": "related, image",
     "related/text": "related, text",
 }
+_UP_FRONT = {"parameters", "steps", "seconds", "pins_per_second", "device", "peak_memory_bytes"}
 _RATES = {
     "lr": "Learning rate",
     "pins_per_second": "Throughput, pins per second",
@@ -118,7 +119,7 @@ def render_report(context: ReportContext) -> str:
         texts=context.texts,
         bad_pins=list(context.bad_pins),
         config=list(_flat(context.config or {})),
-        environment=list(_flat(context.environment or {})),
+        environment=[fact for fact in _flat(context.environment or {}) if fact[0] not in _UP_FRONT],
         seed=context.seed,
     )
 

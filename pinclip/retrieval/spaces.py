@@ -123,7 +123,7 @@ def nearest(
         ordered = scores.sort(dim=1, descending=True, stable=True)
         columns = ordered.indices[:, :width].cpu().numpy()
         absent = (ordered.values[:, :width] == LACKING).cpu().numpy()
-        found[start : start + rows] = corpus[columns]
+        found[start : start + rows] = np.where(absent, -1, corpus[columns])
     return found
 
 

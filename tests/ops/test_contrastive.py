@@ -382,13 +382,10 @@ def test_autocast_does_not_lower_the_precision():
 
 
 _MEMORY = """
-import resource, sys, torch
+import psutil, resource, torch
 from pinclip.ops.contrastive import contrastive_loss
 from pinclip.ops.sigmoid import sigmoid_loss
 torch.set_num_threads(1)
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 def step(n):
     x, y = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1).requires_grad_() for _ in "xy")
@@ -396,9 +393,9 @@ def step(n):
     (contrastive_loss(x, y, scale) + sigmoid_loss(x, y, scale, bias)).backward()
 
 step(1024)  # loads the libraries and makes the tiles
-before = peak()
+before = psutil.Process().memory_info().rss
 step(8192)
-print(peak() - before)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20)
 """
 
 
