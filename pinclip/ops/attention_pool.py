@@ -101,11 +101,11 @@ def _attention_pool(
     """
     heads = (num_heads, w_k.shape[0] // num_heads)
     u_RD = _absorb(q, w_k, heads)
-    scores = (x.flatten(0, 1) @ u_RD.T).view(*x.shape[:2], -1)
+    scores = (x.flatten(0, 1) @ u_RD.T).view(*x.shape[:2], u_RD.shape[0])
     p_BNR = torch.softmax(_mask(scores, key_lengths), dim=1, dtype=_wide(x)).to(x.dtype)
     z_BRD = torch.bmm(p_BNR.mT, x)
     out = torch.bmm(_by_head(z_BRD, num_heads), w_v.unflatten(0, heads).mT)
-    out = _by_batch(out, x.shape[0]).flatten(-2) + b_v
+    out = _by_batch(out, x.shape[0], q.shape[0]).flatten(-2) + b_v
     if key_lengths is not None:
         out = out.masked_fill_((key_lengths == 0)[:, None, None], 0.0)
     return out, p_BNR, z_BRD
@@ -138,7 +138,8 @@ def _attention_pool_backward(
         grad = grad.masked_fill((key_lengths == 0)[:, None, None], 0.0)
     grad_heads = _by_head(grad.unflatten(-1, heads).flatten(1, 2), num_heads)  # [H, B*P, E]
     grad_w_v = torch.bmm(grad_heads.mT, _by_head(z, num_heads)).flatten(0, 1)
-    grad_z = _by_batch(torch.bmm(grad_heads, w_v.unflatten(0, heads)), x.shape[0]).flatten(1, 2)  # [B, R, D]
+    grad_z = torch.bmm(grad_heads, w_v.unflatten(0, heads))
+    grad_z = _by_batch(grad_z, x.shape[0], q.shape[0]).flatten(1, 2)  # [B, R, D]
 
     grad_p = torch.bmm(x, grad_z.mT).to(_wide(x))
     grad_s = torch.ops.aten._softmax_backward_data(grad_p, p.to(grad_p.dtype), 1, grad_p.dtype)
@@ -193,12 +194,12 @@ def _mask(scores: Tensor, key_lengths: Tensor | None) -> Tensor:
 
 def _by_head(rows: Tensor, num_heads: int) -> Tensor:
     """[B, P*H, C] -> [H, B*P, C]."""
-    return rows.unflatten(1, (-1, num_heads)).permute(2, 0, 1, 3).flatten(1, 2)
+    return rows.unflatten(1, (rows.shape[1] // num_heads, num_heads)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _by_batch(heads: Tensor, batch: int) -> Tensor:
+def _by_batch(heads: Tensor, batch: int, probes: int) -> Tensor:
     """[H, B*P, C] -> [B, P, H, C]."""
-    return heads.unflatten(1, (batch, -1)).permute(1, 2, 0, 3)
+    return heads.unflatten(1, (batch, probes)).permute(1, 2, 0, 3)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -40,12 +40,12 @@ def _(x, eps):
 @torch.library.custom_op("pinclip::l2_normalize_backward", mutates_args=())
 @without_autocast
 def _l2_normalize_backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    inverse = norm.clamp_min(eps).reciprocal().masked_fill_(norm == 0, 0.0)
+    divisor, wide_grad = norm.clamp_min(eps), grad.to(norm.dtype)
+    y = x.to(norm.dtype) / divisor
     # Below eps the divisor is a constant, and the gradient has no radial part to take away.
-    radial = inverse.square().masked_fill_(norm < eps, 0.0)
-    wide_grad, wide = grad.to(norm.dtype), x.to(norm.dtype)
-    along = (wide_grad * wide).sum(-1, keepdim=True).mul_(radial)
-    return torch.addcmul(wide_grad, wide, along, value=-1).mul_(inverse).to(x.dtype).contiguous()
+    along = (wide_grad * y).sum(-1, keepdim=True).masked_fill_(norm < eps, 0.0)
+    grad_x = torch.addcmul(wide_grad, y, along, value=-1).div_(divisor).masked_fill_(norm == 0, 0.0)
+    return grad_x.to(x.dtype).contiguous()
 
 
 @_l2_normalize_backward.register_fake

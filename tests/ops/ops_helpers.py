@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 def normal(*shape, seed=0, dtype=torch.float64, scale=1.0):
     """Standard normal numbers times `scale`; a seed gives the same ones in every dtype, but for rounding."""
     generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def run(function, tensors):

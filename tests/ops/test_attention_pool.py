@@ -149,8 +149,9 @@ def test_autocast(form):
     assert torch.equal(result, pool(form, lengths=LENGTHS)(*(t.float().bfloat16() for t in tensors)))
 
 
-def test_no_pins():
-    assert attention_pool(*problem(batch=0), num_heads=2).shape == (0, 2, 8)
+@pytest.mark.parametrize("form", ["absorbed", "standard"])
+def test_no_pins(form):
+    assert_exact(pool(form), truth(), problem(batch=0))
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "padded"])

@@ -10,7 +10,8 @@ from torch.nn.functional import layer_norm
 from pinclip.ops.fusion_pack import FusionLayout, _fusion_pack, fusion_pack
 from pinclip.reference.fusion_pack import fusion_pack as reference
 
-NAMES = "fusion_tokens image text type_embedding image_position text_position weight bias".split()
+NAMES = ["fusion_tokens", "image", "text", "type_embedding", "image_position", "text_position"]
+NAMES += ["weight", "bias"]
 # Pin 0 has both, 1 neither, 2 an image and an empty text, 3 a text as long as may be; rows are in any order.
 LAYOUT = FusionLayout.build(4, 2, 3, 5, [2, 0], [3, 0, 2], [5, 2, 0])
 
