@@ -66,7 +66,7 @@ class PinBatch:
         return PinBatch(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in values.items()})
 
     def micro(self, index: int, count: int) -> PinBatch:
-        """The part `index` of `count` equal parts, for the towers only: pair structure stays with the whole."""
+        """Part `index` of `count` equal parts, for the towers only: pair structure stays with the whole."""
         size = len(self) // count
         low, high = index * size, (index + 1) * size
         image = (self.image_rows >= low) & (self.image_rows < high)
@@ -244,7 +244,7 @@ class PinChunks(Dataset):
 def drop_tokens(
     tokens: torch.Tensor, lengths: torch.Tensor, dropped: torch.Tensor, pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remove the `dropped` tokens [n, L], but never a text's last token (the end token) nor all the others."""
+    """Remove the `dropped` tokens [n, L], but never a text's last (the end token), nor all the others."""
     place = torch.arange(tokens.shape[1])
     last = lengths.long()[:, None] - 1
     inner = place < last

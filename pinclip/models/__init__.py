@@ -1,4 +1,4 @@
-"""The model: image tower, text tower, fusion. `PinCLIP(images, tokens, ...) -> Embeddings(image, text, fused)`."""
+"""Image tower, text tower, fusion: `PinCLIP(images, tokens, ...) -> Embeddings(image, text, fused)`."""
 
 from pinclip.models.folder import load_model, save_model
 from pinclip.models.fusion import FusionConfig

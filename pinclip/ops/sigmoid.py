@@ -42,7 +42,7 @@ def sigmoid_loss(
     Returns a scalar, fp32 (fp64 for fp64), with gradients for x, y, scale and bias. Computed and accumulated
     in fp32 (fp64); deterministic. No collectives. The loss needs no normaliser over j, so its gradients are
     formed in the same pass over S as its value.
-    Extra memory beyond inputs and gradients: two tiles of 512×1024, O(M + N + K) vectors, and fp32 copies of
+    Extra memory beyond inputs and gradients: two tiles of 1024×1024, O(M + N + K) vectors, and fp32 copies of
     x and y where they are not fp32; never M×N.
     Raises ValueError, naming the argument and its value.
 

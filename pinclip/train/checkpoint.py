@@ -60,7 +60,7 @@ def save(engine: Engine, run: Path, step: int, config: RunConfig) -> None:
 
 
 def newest(run: Path, config: RunConfig) -> Path | None:
-    """The newest whole checkpoint of `run`, or None. CheckpointError if it is one of another configuration."""
+    """The newest whole checkpoint of `run`, or None; CheckpointError if another configuration made it."""
     for folder in _folders(run):
         manifest = _whole(folder)
         if manifest is not None:

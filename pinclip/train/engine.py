@@ -14,8 +14,8 @@ from torch import nn
 from pinclip.train.config import OptimConfig, RunConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed  # noqa: E402  (reads DS_ACCELERATOR while it is imported)
-from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
 
 
 def start_processes() -> torch.device:

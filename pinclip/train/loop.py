@@ -85,7 +85,7 @@ def _check_finite(engine: Engine, loss: torch.Tensor, batch: PinBatch, run: Run)
     if distributed.any_true(~fine):
         pins = [run.store.ids[pin] for pin in run.batches.slots(batch.step)[0][:4].tolist()]
         raise NonFiniteError(
-            f"step {batch.step + 1}: loss {float(loss):g}, or a gradient, is not finite; nothing was updated. "
+            f"step {batch.step + 1}: loss {float(loss):g}, or a gradient, is not finite; nothing moved. "
             f"The batch begins with the pins {', '.join(pins)}; batch {batch.step} of seed {run.config.seed}"
         )
 
@@ -118,8 +118,8 @@ def _greeting(run: Run, trainee: Trainee, start: int) -> str:
     return (
         f"{store.name}{synthetic}: {len(run.batches.train_pins)} training pins, {len(run.split.cold)} cold, "
         f"{store.graph.num_boards} boards, {store.graph.num_edges} edges\n"
-        f"model: {size / 1e6:.1f} M parameters; batch {config.train.batch_size} on {distributed.world_size()} "
-        f"process(es) x {config.train.micro_batches} micro-batch(es), ZeRO-{config.train.zero_stage}, "
+        f"model: {size / 1e6:.1f} M parameters; batch {config.train.batch_size} on "
+        f"{distributed.world_size()} process(es) x {config.train.micro_batches} micro-batch(es), ZeRO-{config.train.zero_stage}, "
         f"{'bf16' if trainee.autocast else 'fp32'}; steps {start + 1}..{config.train.steps}"
     )
 

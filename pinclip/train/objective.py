@@ -23,7 +23,7 @@ Temperatures = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Trainee(nn.Module):
-    """Everything with parameters: the model and the losses' temperatures. One forward gives what losses need."""
+    """Everything with parameters: model and temperatures. One forward gives what the losses need."""
 
     def __init__(self, model: PinCLIP, objective: ObjectiveConfig, precision: str):
         super().__init__()

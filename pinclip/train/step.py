@@ -20,7 +20,7 @@ from pinclip.train.objective import Objective, Temperatures
 def forward_backward(
     engine: Engine, objective: Objective, batch: PinBatch, micro_batches: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Accumulate the gradients of one global batch; the last micro-batch is left for `engine.end_micro_batch`.
+    """Accumulate the gradients of one global batch; the caller ends the last micro-batch.
 
     Returns this rank's loss and its parts, detached, on the device.
     """

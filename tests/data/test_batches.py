@@ -100,7 +100,7 @@ def test_log_q_is_the_frequency_of_a_pin(world):
 
 
 def test_missing_modalities(world):
-    store, _, _ = world
+    _store, _, _ = world
     made = batches(world)
     made.token_lengths = made.token_lengths.clone()
     made.token_lengths[::3] = 0
@@ -161,7 +161,8 @@ def test_transforms():
     assert torch.equal(TrainTransform(8)(image, np.random.default_rng(0)), plain)
     crops = [TrainTransform(8, 0.4)(image, np.random.default_rng(seed)) for seed in (1, 1, 2)]
     assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
-    flipped = {TrainTransform(8, 1.0, True)(image, np.random.default_rng(s)).flip(2).equal(plain) for s in range(20)}
+    mirror = TrainTransform(8, 1.0, True)
+    flipped = {mirror(image, np.random.default_rng(seed)).flip(2).equal(plain) for seed in range(20)}
     assert flipped == {True, False}
     grey = Image.new("RGB", (8, 8), (100, 100, 100))
     jittered = TrainTransform(8, 1.0, False, 0.5)(grey, np.random.default_rng(0))

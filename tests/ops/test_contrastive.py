@@ -26,7 +26,7 @@ DIRECTIONS = ("symmetric", "rows", "columns")
 KINDS = list(pair_kinds(3, 3))
 
 
-@pytest.fixture(params=[(64, 64), (512, 1024)], ids=["small_tiles", "one_tile"])
+@pytest.fixture(params=[(64, 64), (1024, 1024)], ids=["small_tiles", "one_tile"])
 def tiles(request, monkeypatch):
     monkeypatch.setattr(pair_tiles, "TILE", request.param)
 
@@ -135,7 +135,7 @@ def test_normalizer_and_matryoshka(normalizer):
 
 
 def test_equals_reference_across_tiles_of_the_real_size():
-    m, n = 600, 1100
+    m, n = 1100, 1030
     x, y = embeddings(m, n, 8)
     pairs = pair_kinds(m, n)["all"]
     assert_close(
@@ -382,7 +382,7 @@ def test_autocast_does_not_lower_the_precision():
 
 
 _MEMORY = """
-import psutil, resource, torch
+import resource, torch
 from pinclip.ops.contrastive import contrastive_loss
 from pinclip.ops.sigmoid import sigmoid_loss
 torch.set_num_threads(1)
@@ -393,18 +393,17 @@ def step(n):
     (contrastive_loss(x, y, scale) + sigmoid_loss(x, y, scale, bias)).backward()
 
 step(1024)  # loads the libraries and makes the tiles
-before = psutil.Process().memory_info().rss
+with open("/proc/self/status") as status:
+    data = int(status.read().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (data + 48 * 2**20,) * 2)
 step(8192)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20)
 """
 
 
 def test_memory_is_linear():
-    """N = 8192: one N×N fp32 matrix alone would be 268 MB."""
-    output = subprocess.run(
-        [sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True
-    ).stdout
-    assert float(output) < 40, f"{output} MB"
+    """With 48 MB more than after a small step, N = 8192 goes through; one N×N matrix alone is 268 MB."""
+    run = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # Arguments ------------------------------------------------------------------------------------------------

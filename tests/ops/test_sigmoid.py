@@ -23,7 +23,7 @@ KINDS = list(pair_kinds(3, 3))
 BIAS = -3.0
 
 
-@pytest.fixture(params=[(64, 64), (512, 1024)], ids=["small_tiles", "one_tile"])
+@pytest.fixture(params=[(64, 64), (1024, 1024)], ids=["small_tiles", "one_tile"])
 def tiles(request, monkeypatch):
     monkeypatch.setattr(pair_tiles, "TILE", request.param)
 
