@@ -37,10 +37,10 @@ class DataConfig(_Table):
     tokenizer: str | None = Field(
         None, description="a tokenizer.json to load; by default one is trained, of model.text.vocab_size"
     )
-    min_crop: float = Field(0.4, gt=0, le=1, description="smallest area share of a random crop; 1 = no crop")
+    min_crop: float = Field(0.5, gt=0, le=1, description="smallest area share of a random crop; 1 = no crop")
     flip: bool = Field(False, description="mirror half of the training images")
-    color_jitter: float = Field(0.2, ge=0, lt=1, description="change of contrast, brightness and saturation")
-    token_dropout: float = Field(0.2, ge=0, lt=1, description="share of a training text's tokens left out")
+    color_jitter: float = Field(0.1, ge=0, lt=1, description="change of contrast, brightness and saturation")
+    token_dropout: float = Field(0.15, ge=0, lt=1, description="share of a training text's tokens left out")
     workers: int = Field(1, ge=0, description="data worker processes per rank")
     max_bad: float = Field(0.05, ge=0, le=1, description="largest share of bad pins that training may skip")
 
@@ -91,7 +91,7 @@ class ObjectiveConfig(_Table):
     neighbor: LossConfig = LossConfig()
     image_text_weight: float = Field(1.0, ge=0, description="image of a pin and its own text")
     own_fused_weight: float = Field(0.0, ge=0, description="fused vector of a pin and its own image, text")
-    fused_fused_weight: float = Field(1.0, ge=0, description="fused vectors of two neighbors")
+    fused_fused_weight: float = Field(0.5, ge=0, description="fused vectors of two neighbors")
     image_fused_weight: float = Field(0.5, ge=0, description="image of a pin, fused vector of a neighbor")
     text_fused_weight: float = Field(0.5, ge=0, description="text of a pin, fused vector of a neighbor")
     mask_known: bool = Field(

@@ -120,7 +120,8 @@ def _greeting(run: Run, trainee: Trainee, start: int) -> str:
         f"{store.graph.num_boards} boards, {store.graph.num_edges} edges\n"
         f"model: {size / 1e6:.1f} M parameters; batch {config.train.batch_size} on "
         f"{distributed.world_size()} process(es) x {config.train.micro_batches} micro-batch(es), "
-        f"ZeRO-{config.train.zero_stage}, {'bf16' if trainee.autocast else 'fp32'}; steps {start + 1}..{config.train.steps}"
+        f"ZeRO-{config.train.zero_stage}, {'bf16' if trainee.autocast else 'fp32'}; "
+        f"steps {start + 1}..{config.train.steps}"
     )
 
 

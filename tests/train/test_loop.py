@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from pinclip.errors import CheckpointError, DataError
+from pinclip.errors import CheckpointError, ConfigError, DataError
 from pinclip.train import checkpoint, loop
 from pinclip.train.loop import NonFiniteError, train
 from pinclip.train.metrics import read_rows
@@ -190,3 +190,33 @@ def test_checkpoint_is_never_half_written(tiny, monkeypatch, tmp_path):
     folders = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert folders == ["step-00000002"]
     train(config, resume=True)
+
+
+def test_training_on_siglip_weights(tiny, store_path, tmp_path):
+    """A saved Hugging Face SiglipModel and its tokenizer in, a trained PinCLIP out."""
+    from transformers import SiglipConfig, SiglipModel
+
+    from pinclip.data.store import PinStore
+    from pinclip.data.tokenizer import Tokenizer
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    siglip = SiglipModel(
+        SiglipConfig(
+            text_config={**sizes, "vocab_size": 300, "max_position_embeddings": 12},
+            vision_config={**sizes, "image_size": 16, "patch_size": 4},
+        )
+    )
+    siglip.save_pretrained(tmp_path / "siglip")
+    Tokenizer.train(PinStore.open(store_path).texts, vocab_size=300, max_length=12).save(
+        tmp_path / "tok.json"
+    )
+    model = {"siglip": str(tmp_path / "siglip"), "fusion": {"width": 16, "depth": 1, "heads": 2}}
+    config = tiny(**{"model": model, "data.tokenizer": str(tmp_path / "tok.json"), "train.steps": 2})
+    trained = TrainedRun.open(train(config))
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    ours = trained.model.image_tower.encoder.layers[0].mlp.fc1.weight
+    moved = float((ours - siglip.state_dict()[name]).abs().max())
+    assert 0 < moved < 0.02  # started from these weights, and trained on
+
+    with pytest.raises(ConfigError, match=r"model.siglip needs data.tokenizer"):
+        tiny(model=model)
