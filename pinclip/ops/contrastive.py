@@ -49,8 +49,8 @@ def contrastive_loss(
     Args: x [M, D], y [N, D], fp32, bf16, fp16 or fp64, one device; scale 0-d tensor or float, > 0.
     Returns a scalar, fp32 (fp64 for fp64), with gradients for x, y and scale. Computed and accumulated in
     fp32 (fp64); deterministic. No collectives.
-    Extra memory beyond inputs and gradients: three tiles of 1024×1024, O(M + N + K) vectors, and fp32 copies of
-    x and y where they are not fp32; never M×N.
+    Extra memory beyond inputs and gradients: three tiles of 1024×1024, O(M + N + K) vectors, and fp32 copies
+    of x and y where they are not fp32; never M×N.
     Raises ValueError, naming the argument and its value.
 
     Source: InfoNCE, van den Oord et al., arXiv 1807.03748; in the symmetric form CLIP, Radford et al.,

@@ -71,7 +71,7 @@ def _environment(run: TrainedRun, history: list[dict]) -> dict:
         "pins_per_second": run.config.train.steps * run.config.train.batch_size / seconds if seconds else 0.0,
         "device": facts["gpu"]
         if facts["gpu"] != "none"
-        else f"{facts['processor']}, {facts['threads']} threads",
+        else f"{facts['processor']}, {facts['threads']} thread(s)",
         "peak_memory_bytes": int(1e9 * max((row["memory_gb"] for row in steps), default=0)),
         **facts,
     }
