@@ -187,7 +187,7 @@ class PinBatches(Dataset):
         for image, row in zip(images, rows):
             slot = self.share.start + int(row)
             random = _generator(self.seed, _CROP, step * self.batch_size + slot)
-            image.copy_(self.transform(self.store.image(int(pins[row])), random))
+            image.copy_(self.transform(self.store.image(int(pins[row]), self.transform.least_size), random))
         return images
 
     def loader(self, start: int, workers: int, pin_memory: bool) -> DataLoader:
@@ -222,7 +222,7 @@ class PinChunks(Dataset):
         size = self.transform.size
         images = torch.empty(len(image_rows), 3, size, size, dtype=torch.uint8)
         for image, row in zip(images, image_rows):
-            image.copy_(self.transform(self.store.image(int(pins[row]))))
+            image.copy_(self.transform(self.store.image(int(pins[row]), self.transform.size)))
         lengths = self.token_lengths[pins]
         text_rows = torch.nonzero((lengths > 0) & torch.from_numpy(usable)).flatten()
         none = torch.zeros(0, dtype=torch.int64)

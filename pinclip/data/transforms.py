@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,11 @@ class TrainTransform:
     min_crop: float = 1.0
     flip: bool = False
     color_jitter: float = 0.0
+
+    @property
+    def least_size(self) -> int:
+        """An image of this many pixels a side is large enough for the smallest crop not to be enlarged."""
+        return math.ceil(self.size / math.sqrt(self.min_crop))
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> torch.Tensor:
         """PIL RGB to uint8 [3, size, size]."""

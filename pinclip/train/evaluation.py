@@ -11,10 +11,11 @@ from tqdm import tqdm
 from pinclip.data.batches import PinChunks
 from pinclip.data.store import PinStore
 from pinclip.data.tokenizer import Tokenizer
-from pinclip.data.transforms import EvalTransform, to_float
+from pinclip.data.transforms import EvalTransform
 from pinclip.models import PinCLIP
 from pinclip.retrieval.evaluate import EmbeddingTable, evaluate_queries, summarize
 from pinclip.retrieval.metrics import QueryMetrics
+from pinclip.train.objective import embed
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,7 @@ def embed_store(
     chunks = PinChunks(store, tokenizer, EvalTransform(model.config.image.image_size))
     parts = []
     for chunk in tqdm(chunks, desc="embedding", unit="chunk", disable=None if progress else True):
-        batch = chunk.to(device)
-        embeddings = model(
-            to_float(batch.images),
-            batch.tokens,
-            token_lengths=batch.token_lengths,
-            image_rows=batch.image_rows,
-            text_rows=batch.text_rows,
-            batch_size=len(batch),
-        )
-        parts.append([tensor.float().cpu() for tensor in embeddings])
+        parts.append([tensor.float().cpu() for tensor in embed(model, chunk.to(device))])
     image, text, fused = (torch.cat(tensors) for tensors in zip(*parts))
     has_text = (chunks.token_lengths > 0).numpy()
     return EmbeddingTable(image, text, fused, store.has_image, has_text, store.bad)

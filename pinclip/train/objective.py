@@ -35,15 +35,20 @@ class Trainee(nn.Module):
 
     def forward(self, batch: PinBatch) -> tuple[Embeddings, Temperatures]:
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.autocast):
-            embeddings = self.model(
-                to_float(batch.images),
-                batch.tokens,
-                token_lengths=batch.token_lengths,
-                image_rows=batch.image_rows,
-                text_rows=batch.text_rows,
-                batch_size=len(batch),
-            )
+            embeddings = embed(self.model, batch)
         return embeddings, {name: temperature() for name, temperature in self.temperatures.items()}
+
+
+def embed(model: PinCLIP, batch: PinBatch) -> Embeddings:
+    """The embeddings of a batch's pins, in slot order."""
+    return model(
+        to_float(batch.images),
+        batch.tokens,
+        token_lengths=batch.token_lengths,
+        image_rows=batch.image_rows,
+        text_rows=batch.text_rows,
+        batch_size=len(batch),
+    )
 
 
 class Objective:
