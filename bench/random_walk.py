@@ -90,7 +90,7 @@ def main() -> None:
     graph = power_law_graph()
     lists = [graph.pin_indptr, graph.pin_boards, graph.board_indptr, graph.board_pins]
     plain = WalkGraph(*map(torch.from_numpy, lists))
-    damped = NeighborSampler(graph, 0, board_damping=0.5)._walk_graph
+    damped = NeighborSampler(graph, 0, board_damping=0.5).walk_graph
     pins = torch.arange(PINS)
     for walks in (plain, damped):
         check(walks, pins[::50])

@@ -63,7 +63,7 @@ class NeighborSampler:
         lists = (graph.pin_indptr, graph.pin_boards, graph.board_indptr, graph.board_pins)
         uniform = len(np.unique(self._weights)) == 1 and self._weights[0] > 0
         cdf = None if uniform else torch.from_numpy(_board_cdf(graph, self._weights))
-        self._walk_graph = WalkGraph(*(torch.from_numpy(values) for values in lists), cdf)
+        self.walk_graph = WalkGraph(*(torch.from_numpy(values) for values in lists), cdf)
 
     def sample(self, pins: np.ndarray, step: int, first_slot: int = 0) -> np.ndarray:
         """One neighbor for each pin of a batch; a pure function of (seed, step, slot, pin).
@@ -80,7 +80,7 @@ class NeighborSampler:
         pins = np.ascontiguousarray(pins, np.int64)
         slots = np.arange(first_slot, first_slot + len(pins))
         visited = random_walk(
-            self._walk_graph,
+            self.walk_graph,
             torch.from_numpy(pins),
             walks=_TRIES,
             seed=_step_seed(self.seed, step),

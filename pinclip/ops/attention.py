@@ -157,7 +157,7 @@ def _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale) -> Te
     if key_lengths is not None:
         real = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
         k, v = (t.masked_fill(~real[:, :, None, None], 0.0) for t in (k, v))
-        # A row without keys looks at one zero key, then counts for nothing: SDPA would give NaN.
+        # A row without keys looks at one key and value of zero, and so gets zero: some SDPA kernels give NaN.
         mask = real.index_fill(1, real.new_zeros(1, dtype=torch.int64), True)[:, None, None, :]
         if causal:
             mask = mask & torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
@@ -166,9 +166,7 @@ def _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale) -> Te
     with sdpa_kernel(_CUDA_BACKENDS):
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     out = out.transpose(1, 2).flatten(2)
-    if cu_seqlens is not None:
-        return out.flatten(0, 1).index_select(0, slot)
-    return out if key_lengths is None else out.masked_fill((key_lengths == 0)[:, None, None], 0.0)
+    return out if cu_seqlens is None else out.flatten(0, 1).index_select(0, slot)
 
 
 @torch.library.custom_op("pinclip::attention", mutates_args=(), device_types="cpu")

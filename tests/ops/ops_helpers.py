@@ -73,7 +73,15 @@ def assert_autocast(function, tensors, dtype):
         inside = torch.autograd.grad(result.float().sum(), leaves, retain_graph=True)
     assert result.dtype == dtype
     outside = torch.autograd.grad(result.float().sum(), leaves)
-    for leaf, a, b in zip(leaves, inside, outside):
-        assert a.dtype == leaf.dtype
-        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) and a.dtype == leaf.dtype for leaf, a, b in zip(leaves, inside, outside))
     return result.detach()
+
+
+def assert_backward_ignores_autocast(function, tensors):
+    """What ran in fp32 has fp32's gradients, also where backward runs under autocast."""
+    leaves = [tensor.float().requires_grad_() for tensor in tensors]
+    result = function(*leaves)
+    outside = torch.autograd.grad(result.square().sum(), leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(result.square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside))

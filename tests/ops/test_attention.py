@@ -165,7 +165,11 @@ def test_key_lengths_fp32(causal):
     )
 
 
-@pytest.mark.parametrize("function", [reference, attention], ids=["reference", "op"])
+def composed(qkv, key_lengths, causal):
+    return _composed((qkv,), None, None, key_lengths, causal, 0.5)
+
+
+@pytest.mark.parametrize("function", [reference, attention, composed])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_does_not_leak(function, causal):
     """NaN in the keys and values beyond key_lengths changes no bit of a result or gradient."""
@@ -288,7 +292,7 @@ def test_autocast():
     qkv = normal(2, 5, 3, 2, 8)
     result = assert_autocast(lambda t: attention(t), [qkv], torch.bfloat16)
     assert torch.equal(result, attention(qkv.float().bfloat16()))
-    assert_autocast(lambda q, k, v: attention(q, k.bfloat16(), v), qkv.unbind(2), torch.bfloat16)
+    assert_autocast(lambda q, k, v: attention(q, k, v), qkv.unbind(2), torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(qkv).dtype == torch.float64
 

@@ -5,6 +5,7 @@ import torch
 from ops_helpers import (
     assert_as_exact_as,
     assert_autocast,
+    assert_backward_ignores_autocast,
     assert_exact,
     assert_same,
     assert_survives,
@@ -147,6 +148,10 @@ def test_autocast(form):
     tensors = problem()
     result = assert_autocast(pool(form, lengths=LENGTHS), tensors, torch.bfloat16)
     assert torch.equal(result, pool(form, lengths=LENGTHS)(*(t.float().bfloat16() for t in tensors)))
+
+
+def test_backward_ignores_autocast():
+    assert_backward_ignores_autocast(pool("absorbed"), problem())
 
 
 @pytest.mark.parametrize("form", ["absorbed", "standard"])
