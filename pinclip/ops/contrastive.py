@@ -260,45 +260,43 @@ def _tiles(x, y, scale, masks: PairMasks) -> PairTiles:
 
 def _tiled_forward(x, y, scale, masks: PairMasks, sides):
     """Loss, and peak and total per segment, from one pass over S."""
-    with torch.autocast(x.device.type, enabled=False):
-        tiles = _tiles(x, y, scale, masks)
-        scratch = tiles.buffer()
-        sums = [None if side is None else _OnlineLogSumExp(side, scratch) for side in sides]
-        s_K = tiles.x.new_empty(len(masks.pos_rows))
-        for tile in tiles:
-            s_K[tile.entries] = tile.s_RC.view(-1)[tile.at]
-            for each in sums:
-                if each is not None:
-                    each.add(tile)
+    tiles = _tiles(x, y, scale, masks)
+    scratch = tiles.buffer()
+    sums = [None if side is None else _OnlineLogSumExp(side, scratch) for side in sides]
+    s_K = tiles.x.new_empty(len(masks.pos_rows))
+    for tile in tiles:
+        s_K[tile.entries] = tile.s_RC.view(-1)[tile.at]
+        for each in sums:
+            if each is not None:
+                each.add(tile)
 
-        loss, statistics = tiles.x.new_zeros(()), []
-        for side, each in zip(sides, sums):
-            if side is None:
-                statistics += [s_K.new_empty(0), s_K.new_empty(0)]
-                continue
-            statistics += [each.peak, each.total]
-            segment_K, candidate_K = (masks.pos_rows, masks.pos_cols)[:: 1 if side.dim == 1 else -1]
-            target_K = s_K if side.log_q is None else s_K - side.log_q[candidate_K]
-            loss_K = (each.shift[segment_K] - target_K + each.total.log2()[segment_K]) * side.entry_K
-            # A dropped row may stand against a removed column: 0 · inf.
-            loss += torch.where(side.entry_K == 0, 0.0, loss_K).sum() / _LOG2_E
-        return loss, *statistics
+    loss, statistics = tiles.x.new_zeros(()), []
+    for side, each in zip(sides, sums):
+        if side is None:
+            statistics += [s_K.new_empty(0), s_K.new_empty(0)]
+            continue
+        statistics += [each.peak, each.total]
+        segment_K, candidate_K = (masks.pos_rows, masks.pos_cols)[:: 1 if side.dim == 1 else -1]
+        target_K = s_K if side.log_q is None else s_K - side.log_q[candidate_K]
+        loss_K = (each.shift[segment_K] - target_K + each.total.log2()[segment_K]) * side.entry_K
+        # A dropped row may stand against a removed column: 0 · inf.
+        loss += torch.where(side.entry_K == 0, 0.0, loss_K).sum() / _LOG2_E
+    return loss, *statistics
 
 
 def _tiled_backward(grad, statistics, x, y, scale, masks: PairMasks, sides, need):
     """Gradients from a second pass over S: G = dL/dS of one tile at a time, dX += G·Y, dY += Gᵀ·X."""
-    with torch.autocast(x.device.type, enabled=False):
-        tiles = _tiles(x, y, scale, masks)
-        sums = PairGradients(tiles, *need)
-        asked = [_Probabilities(side, *s, tiles.buffer()) for side, s in zip(sides, statistics) if side]
-        entry_K = sum(each.side.entry_K for each in asked)
-        for tile in tiles:
-            g_RC = asked[0].of_tile(tile)
-            if len(asked) == 2:
-                g_RC += asked[1].of_tile(tile)
-            g_RC.view(-1)[tile.at] -= entry_K[tile.entries]
-            sums.add(tile, g_RC)
-        return sums.result(grad, scale, x.dtype)
+    tiles = _tiles(x, y, scale, masks)
+    sums = PairGradients(tiles, *need)
+    asked = [_Probabilities(side, *s, tiles.buffer()) for side, s in zip(sides, statistics) if side]
+    entry_K = sum(each.side.entry_K for each in asked)
+    for tile in tiles:
+        g_RC = asked[0].of_tile(tile)
+        if len(asked) == 2:
+            g_RC += asked[1].of_tile(tile)
+        g_RC.view(-1)[tile.at] -= entry_K[tile.entries]
+        sums.add(tile, g_RC)
+    return sums.result(grad, scale, x.dtype)
 
 
 class _Probabilities:

@@ -153,33 +153,31 @@ _sigmoid.register_autograd(_backward, setup_context=_setup_context)
 
 def _tiled(x, y, scale, bias, masks: PairMasks, entry, segment, log_q_cols, need):
     """Loss, and where `need` = (need_x, need_y) is given the gradients, from one pass over S."""
-    with torch.autocast(x.device.type, enabled=False):
-        tiles = PairTiles(x.to(scale.dtype), y.to(scale.dtype), scale, bias, masks)
-        log_q = None if log_q_cols is None else log_q_cols.to(scale.dtype)
-        sums = None if need is None else PairGradients(tiles, *need)
-        attract_K, repel_M = torch.zeros_like(entry), torch.zeros_like(segment)
-        dbias = torch.zeros_like(segment)
-        for tile in tiles:
-            s_RC = tile.s_RC if log_q is None else tile.s_RC.sub_(log_q[tile.cols])
-            flat = s_RC.view(-1)
-            away_K = -flat[tile.at]
-            flat[tile.at] = -torch.inf  # the listed positives are no negatives
-            attract_K[tile.entries] = _softplus(away_K)
-            repel_M[tile.rows] += _softplus(s_RC).sum(1)
-            if sums is None:
-                continue
-            g_RC = s_RC.sigmoid_().mul_(segment[tile.rows, None])
-            g_RC.view(-1)[tile.at] = -entry[tile.entries] * torch.sigmoid(away_K)
-            dbias[tile.rows] += g_RC.sum(1)
-            sums.add(tile, g_RC)
-
-        # A dropped row may stand against a removed column: 0 · inf.
-        loss = torch.where(entry == 0, 0.0, entry * attract_K).sum()
-        loss += torch.where(segment == 0, 0.0, segment * repel_M).sum()
+    tiles = PairTiles(x.to(scale.dtype), y.to(scale.dtype), scale, bias, masks)
+    log_q = None if log_q_cols is None else log_q_cols.to(scale.dtype)
+    sums = None if need is None else PairGradients(tiles, *need)
+    attract_K, repel_M = torch.zeros_like(entry), torch.zeros_like(segment)
+    dbias = torch.zeros_like(segment)
+    for tile in tiles:
+        s_RC = tile.s_RC if log_q is None else tile.s_RC.sub_(log_q[tile.cols])
+        flat = s_RC.view(-1)
+        away_K = -flat[tile.at]
+        flat[tile.at] = -torch.inf  # the listed positives are no negatives
+        attract_K[tile.entries] = _softplus(away_K)
+        repel_M[tile.rows] += _softplus(s_RC).sum(1)
         if sums is None:
-            return loss, x.new_empty(0), y.new_empty(0), loss.new_empty(0), loss.new_empty(0)
-        gradients = sums.result(torch.ones_like(scale), scale, x.dtype)
-        return loss, *gradients, dbias.sum()
+            continue
+        g_RC = s_RC.sigmoid_().mul_(segment[tile.rows, None])
+        g_RC.view(-1)[tile.at] = -entry[tile.entries] * torch.sigmoid(away_K)
+        dbias[tile.rows] += g_RC.sum(1)
+        sums.add(tile, g_RC)
+
+    # A dropped row may stand against a removed column: 0 · inf.
+    loss = torch.where(entry == 0, 0.0, entry * attract_K).sum() + (segment * repel_M).sum()
+    if sums is None:
+        return loss, x.new_empty(0), y.new_empty(0), loss.new_empty(0), loss.new_empty(0)
+    gradients = sums.result(torch.ones_like(scale), scale, x.dtype)
+    return loss, *gradients, dbias.sum()
 
 
 def _softplus(s: Tensor) -> Tensor:

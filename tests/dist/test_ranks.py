@@ -105,12 +105,13 @@ def check_gather(counts):
 
     mine = whole[rows].clone().requires_grad_()
     weights = [
-        torch.randn(whole.shape, generator=torch.Generator().manual_seed(r)) for r in range(len(counts))
+        torch.randn(whole.shape, dtype=whole.dtype, generator=torch.Generator().manual_seed(r))
+        for r in range(len(counts))
     ]
     (D.gather_rows(mine, counts) * weights[D.rank()]).sum().backward()
     expected = torch.zeros_like(whole)
     for each in weights:
-        expected += each.double()
+        expected += each
     assert torch.equal(mine.grad, expected[rows])  # to the bit: summed in rank order
 
     if len(counts) > 1:

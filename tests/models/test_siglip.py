@@ -142,10 +142,18 @@ def test_written_back_it_is_the_same_model(tiny_folder, tmp_path):
     torch.testing.assert_close(model.encode_text(tokens), output.text_embeds, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"image": {"funnel": [1]}}, {"image": {"funnel": []}}])
-def test_what_siglip_lacks_cannot_be_written(tiny, tmp_path, change):
-    model = tiny(**change)
-    with pytest.raises(ConfigError, match="a SiglipModel cannot have"):
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        ({"funnel": [1]}, "image.funnel"),
+        ({"funnel": [], "pool": "mean"}, 'image.pool = "mean"'),
+        ({"funnel": []}, "an embed_dim that is not the image tower's width"),
+        ({"funnel": [], "width": 12}, 'text.pool = "mean"'),
+    ],
+)
+def test_what_siglip_lacks_cannot_be_written(tiny, tmp_path, image, message):
+    model = tiny(image=image)
+    with pytest.raises(ConfigError, match=f"a SiglipModel cannot have {message}"):
         save_siglip(tmp_path / "out", model.image_tower, model.text_tower, logit_scale=0.0, logit_bias=0.0)
     assert not (tmp_path / "out").exists()
 

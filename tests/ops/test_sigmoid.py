@@ -174,7 +174,7 @@ def test_tile_shape_does_not_matter(monkeypatch):
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("sign", [1, -1], ids=["identical", "anti-aligned"])
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [*SCALES, 23.5])  # the last: just above the default threshold of softplus
 def test_identical_and_anti_aligned_embeddings(scale, sign):
     """All logits equal: the loss is n-1 times softplus of it, and one softplus of its opposite."""
     n = 130
