@@ -65,11 +65,18 @@ def test_two_processes_equal_one(alone, store_path, tmp_path, stage, micro_batch
         TrainedRun.open(tmp_path / "run").model.state_dict(),
     )
     for name in want:
-        # Adam divides by the gradient's size, so rounding in a gradient that is nearly zero (the key bias'
-        # is exactly zero in theory) moves a weight by a share of the learning rate: 0.003 in each of 5 steps.
-        torch.testing.assert_close(
-            got[name], want[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        mine, theirs = identifiable(name, got[name]), identifiable(name, want[name])
+        # Adam divides by the gradient's size, so rounding in a small gradient moves a weight by a share of the
+        # learning rate, which is 0.003 in each of 5 steps.
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def identifiable(name, value):
+    """Without the bias of the keys: it cancels in the softmax, so its gradient is rounding and nothing else."""
+    if not name.endswith("qkv_proj.bias"):
+        return value
+    q, _, v = value.chunk(3)
+    return torch.cat([q, v])
 
 
 @pytest.mark.slow
