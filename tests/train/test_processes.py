@@ -66,13 +66,13 @@ def test_two_processes_equal_one(alone, store_path, tmp_path, stage, micro_batch
     )
     for name in want:
         mine, theirs = identifiable(name, got[name]), identifiable(name, want[name])
-        # Adam divides by the gradient's size, so rounding in a small gradient moves a weight by a share of the
-        # learning rate, which is 0.003 in each of 5 steps.
+        # Adam divides by the gradient's size, so rounding in a small gradient moves a weight by a share of
+        # the learning rate, which is 0.003 in each of 5 steps.
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def identifiable(name, value):
-    """Without the bias of the keys: it cancels in the softmax, so its gradient is rounding and nothing else."""
+    """Without the bias of the keys: it cancels in the softmax, so its gradient is nothing but rounding."""
     if not name.endswith("qkv_proj.bias"):
         return value
     q, _, v = value.chunk(3)
