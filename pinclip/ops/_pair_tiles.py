@@ -139,8 +139,12 @@ class PairGradients:
 
     def result(self, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, y (in `dtype`; empty where not needed) and scale, for S = scale · x yᵀ."""
-        inner = self.tiles.x * self.dx if self.dx is not None else self.tiles.y * self.dy
-        dscale = (grad * inner.sum(dtype=torch.float64)).to(scale.dtype)  # ⟨X, dX⟩ = ⟨Y, dY⟩
+        sides = (self.tiles.x, self.dx) if self.dx is not None else (self.tiles.y, self.dy)
+        blocks = zip(
+            *(side.split(TILE[0]) for side in sides)
+        )  # a whole product would be memory as large as x
+        inner = torch.stack([(a * b).sum(dtype=torch.float64) for a, b in blocks]).sum()
+        dscale = (grad * inner).to(scale.dtype)  # ⟨X, dX⟩ = ⟨Y, dY⟩
         factor = grad * scale
         dx = self.dx.mul_(factor).to(dtype) if self.need_x else factor.new_empty(0, dtype=dtype)
         dy = self.dy.mul_(factor).to(dtype) if self.need_y else factor.new_empty(0, dtype=dtype)
