@@ -111,6 +111,7 @@ def _image_size(config: RunConfig) -> int:
 
 
 def _batches(config: RunConfig, store: PinStore, split: Split, tokenizer: Tokenizer) -> PinBatches:
+    pins = split.train[~store.bad[split.train]]
     neighbors = None
     if config.objective.uses_neighbors:
         graph = split.training_graph(store.graph)
@@ -122,11 +123,11 @@ def _batches(config: RunConfig, store: PinStore, split: Split, tokenizer: Tokeni
             graph,
             config.seed,
             board_damping=config.objective.board_damping,
-            anchors=split.train[~store.bad[split.train]],
+            anchors=pins,
         )
     return PinBatches(
         store,
-        split.train[~store.bad[split.train]],
+        pins,
         tokenizer,
         TrainTransform(_image_size(config), config.data.min_crop, config.data.flip, config.data.color_jitter),
         batch_size=config.train.batch_size,
