@@ -78,10 +78,11 @@ class Split:
 
 
 def cold_split(ids: Sequence[str], fraction: float, seed: int, eligible=None) -> Split:
-    """Withhold round(fraction * n) of the n eligible pins: those whose hash of (seed, id) is smallest.
+    """Withhold every eligible pin whose hash of (seed, id), as a share of 2^64, is below `fraction`.
 
-    The side of a pin depends on the ids and the seed, not on the order of the ids. When pins are
-    added, only pins next to the threshold can change sides.
+    So the side of a pin depends on its own id and the seed alone: not on the order of the ids, and not on
+    which other pins there are. A graph, a table of pairs and a run that name the same fraction and seed agree
+    on every pin. About fraction * n pins are withheld, with a standard deviation below sqrt(n) / 2.
 
     Args:
         ids: n distinct ids.
@@ -95,16 +96,18 @@ def cold_split(ids: Sequence[str], fraction: float, seed: int, eligible=None) ->
         raise ValueError(f"fraction is {fraction}, want a value in [0, 1]")
     names = [str(id_) for id_ in ids]
     _check_distinct(names)
-    candidates = np.arange(len(names))
+    cold = np.array([is_withheld(name, fraction, seed) for name in names], bool)
     if eligible is not None:
         eligible = np.asarray(eligible, bool)
-        if eligible.shape != (len(names),):
+        if eligible.shape != cold.shape:
             raise ValueError(f"eligible has shape {eligible.shape}, want ({len(names)},)")
-        candidates = np.flatnonzero(eligible)
-    count = round(fraction * len(candidates))
-    # The id breaks ties of the 64-bit hash, so that order never decides.
-    ranked = sorted(candidates.tolist(), key=lambda pin: (_hash(names[pin], seed), names[pin]))
-    return Split._of_cold(np.array(ranked[:count], np.int64), len(names))
+        cold &= eligible
+    return Split._of_cold(np.flatnonzero(cold), len(names))
+
+
+def is_withheld(name: str, fraction: float, seed: int) -> bool:
+    """Whether `cold_split` withholds the pin of this id."""
+    return _hash(name, seed) < fraction * 2.0**64
 
 
 def check_no_leak(training_graph: BoardGraph, cold) -> None:
