@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pinclip.data import tables
+from pinclip import tables
 from pinclip.data.store import Links
 from pinclip.errors import DataError
 

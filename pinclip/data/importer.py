@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pinclip.data import tables
+from pinclip import tables
 from pinclip.data.edges import read_edges
 from pinclip.data.store import Links, Pin, PinStore, write_store
 from pinclip.data.webdataset_reader import join_text, read_shards

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pinclip", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    from pinclip.data.commands import add_parser as add_data_parser
+    from pinclip.cli.data import add_parser as add_data_parser
 
     add_data_parser(commands)
 
@@ -118,7 +118,3 @@ def overrides(assignments: Sequence[str]) -> dict[str, object]:
             raise ConfigError(f"--set {assignment}: expected KEY=VALUE")
         result[key] = parse_value(value)
     return result
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinclip.data import tables
+from pinclip import tables
 from pinclip.errors import DataError
 
 ROWS = [
