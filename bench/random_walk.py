@@ -74,7 +74,7 @@ def rate(walk: Callable[[], object], hops: int, repeats: int) -> tuple[float, fl
 
 def check(walks: WalkGraph, starts: torch.Tensor) -> None:
     """No time is reported unless the walker equals the reference."""
-    lists = (walks.pin_indptr, walks.pin_boards, walks.board_indptr, walks.board_pins, walks.board_cdf)
+    lists = (walks.pin_indptr, walks.pin_boards, walks.board_indptr, walks.board_pins, walks.board_alias)
     want = reference(*lists, starts, None, WALKS, LENGTH, RESTART, 1)
     got = random_walk(walks, starts, walks=WALKS, length=LENGTH, restart=RESTART, seed=1)
     if not torch.equal(got, want):

@@ -12,7 +12,7 @@ struct WalkGraph {
   const Index* pin_boards;      // [E]
   const int64_t* board_indptr;  // [B + 1]
   const Index* board_pins;      // [E]
-  const int32_t* board_cdf;     // [E], or null: boards equally likely
+  const int64_t* board_alias;   // [E], or null: boards equally likely
 };
 
 struct WalkPlan {
@@ -29,5 +29,22 @@ struct WalkPlan {
 // many.
 template <typename Index>
 void random_walk(const WalkGraph<Index>& graph, const WalkPlan& plan, int64_t* visited, int threads);
+
+// The same on a GPU: every pointer, those in `plan` too, is to device memory; `stream` is a cudaStream_t.
+// Returns at once, with null or the text of the error. Only in a build with CUDA.
+template <typename Index>
+const char* random_walk_cuda(const WalkGraph<Index>& graph, const WalkPlan& plan, int64_t* visited,
+                             void* stream);
+
+// Walks [first, last) of the plan, numbered start by start, on this thread; `visited` [.., length] is the row
+// of walk `first`.
+template <typename Index, typename Out>
+void walk_range(const WalkGraph<Index>& graph, const WalkPlan& plan, int64_t first, int64_t last,
+                Out* visited);
+
+// Fills table [E], the `board_alias` of a graph whose board b is chosen in proportion to weights[b] >= 0.
+template <typename Index>
+void board_alias(const int64_t* pin_indptr, int64_t num_pins, const Index* pin_boards, const double* weights,
+                 int64_t* table);
 
 }  // namespace pinclip

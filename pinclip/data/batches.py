@@ -156,7 +156,7 @@ class PinBatches(Dataset):
             known = np.zeros(len(pins) + 1, np.int64), np.zeros(0, np.int64)
             log_q = np.zeros(len(pins), np.float32)
         else:
-            known = self.neighbors.known(pins, slots)[:2]
+            known = self.neighbors.known(pins, slots)
             log_q = self.neighbors.log_q(pins)
         return PinBatch(
             step=step,

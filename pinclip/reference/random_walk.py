@@ -37,10 +37,10 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tup
     return c0, c1, c2, c3
 
 
-def walk_words(hop: int, walk: Tensor, start: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The random words of one hop, for restart, board and pin: int64 of the shape of `walk` and `start`."""
+def walk_words(hop: int, walk: Tensor, start: Tensor, seed: int) -> tuple[Tensor, ...]:
+    """The random words of one hop, for restart, board, pin and alias: int64, shaped as `walk` and `start`."""
     counter = (torch.full_like(walk, hop), walk, start & _MASK, start >> 32)
-    return philox4x32(counter, seed)[:3]
+    return philox4x32(counter, seed)
 
 
 def random_walk(
@@ -48,7 +48,7 @@ def random_walk(
     pin_boards: Tensor,
     board_indptr: Tensor,
     board_pins: Tensor,
-    board_cdf: Tensor | None,
+    board_alias: Tensor | None,
     starts: Tensor,
     first_walk: Tensor | None,
     walks: int,
@@ -74,14 +74,14 @@ def random_walk(
         return visited.view(len(starts), walks, length)
     home = pin
     for hop in range(length):
-        back, board_word, pin_word = walk_words(hop, walk, home, seed)
+        back, board_word, pin_word, alias_word = walk_words(hop, walk, home, seed)
         pin = torch.where(back < threshold, home, pin)
-        if board_cdf is None:
-            edge = (board_word * degree[pin]) >> 32
-        else:
-            edge = _first_at_least(board_cdf, place[pin], degree[pin], board_word >> 1)
-            alive = alive & (edge < degree[pin])
-        board = pin_boards[torch.where(alive, place[pin] + edge, 0)].long()
+        edge = place[pin] + ((board_word * degree[pin]) >> 32)
+        if board_alias is not None:
+            entry = board_alias[torch.where(alive, edge, 0)]
+            edge = torch.where(alias_word < (entry & _MASK), edge, place[pin] + (entry >> 32))
+            alive = alive & (entry >= 0)
+        board = pin_boards[torch.where(alive, edge, 0)].long()
         other = board_pins[board_place[board] + ((pin_word * size[board]) >> 32)].long()
         pin = torch.where(alive, other, home)
         visited[:, hop] = torch.where(alive, other, -1)
@@ -90,15 +90,3 @@ def random_walk(
 
 def _lists(indptr: Tensor) -> tuple[Tensor, Tensor]:
     return indptr[1:] - indptr[:-1], indptr[:-1]
-
-
-def _first_at_least(table: Tensor, place: Tensor, count: Tensor, value: Tensor) -> Tensor:
-    """For each list table[place : place + count], the first position whose entry is >= value, else count."""
-    low, high = torch.zeros_like(count), count.clone()
-    for _ in range(int(count.max()).bit_length()):
-        open_ = low < high
-        middle = (low + high) >> 1
-        enough = table[torch.where(open_, place + middle, 0)] >= value
-        high = torch.where(open_ & enough, middle, high)
-        low = torch.where(open_ & ~enough, middle + 1, low)
-    return low

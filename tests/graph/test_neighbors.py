@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pinclip.graph.board_graph import BoardGraph
-from pinclip.graph.neighbors import NeighborSampler, _board_cdf
+from pinclip.graph.neighbors import NeighborSampler
+from pinclip.graph.pairs import NeighborPairs
 from pinclip.graph.splits import cold_split
 
 ALARM = 1e-6
@@ -112,7 +113,7 @@ def test_only_training_edges_are_walked():
     drawn = np.concatenate([sampler.sample(split.train, step) for step in range(50)])
     assert not np.isin(drawn, split.cold).any()
     assert (sampler.sample(split.cold, 0) == -1).all()
-    indptr, indices, _ = sampler.known(np.arange(200), np.arange(200))
+    indptr, indices = sampler.known(np.arange(200), np.arange(200))
     assert (np.diff(indptr)[split.cold] == 0).all()
     assert not np.isin(indices, split.cold).any()
     assert np.isneginf(sampler.log_q(split.cold)).all()
@@ -133,8 +134,8 @@ def test_graphs_without_a_pair(edges, num_boards, options):
     sampler = NeighborSampler(BoardGraph.from_edges(pins, boards, 3, num_boards), 0, **options)
     every = np.arange(3)
     assert sampler.sample(every, 0).tolist() == [-1, -1, -1]
-    indptr, indices, weights = sampler.known(every, every)
-    assert indptr.tolist() == [0, 0, 0, 0] and len(indices) == len(weights) == 0
+    indptr, indices = sampler.known(every, every)
+    assert indptr.tolist() == [0, 0, 0, 0] and len(indices) == 0
     # Every slot is an anchor.
     np.testing.assert_allclose(sampler.log_q(every), math.log(1 / 3), rtol=1e-6)
 
@@ -142,8 +143,8 @@ def test_graphs_without_a_pair(edges, num_boards, options):
 def test_one_board_of_all_pins():
     sampler = NeighborSampler(BoardGraph.from_edges(np.arange(4), np.zeros(4, int), 4, 1), 0)
     assert set(sampler.sample(np.zeros(200, int), 0)) == {1, 2, 3}
-    indptr, indices, weights = sampler.known([2], [0, 1, 2, 2, 3])
-    assert (indptr.tolist(), indices.tolist(), weights.tolist()) == ([0, 3], [0, 1, 4], [0.25] * 3)
+    indptr, indices = sampler.known([2], [0, 1, 2, 2, 3])
+    assert (indptr.tolist(), indices.tolist()) == ([0, 3], [0, 1, 4])
     np.testing.assert_allclose(np.exp(sampler.log_q(np.arange(4))), 0.25, rtol=1e-6)
 
 
@@ -164,32 +165,82 @@ def batches(draw):
 
 
 @settings(deadline=None)
-@given(batches(), st.integers(1, 3), st.sampled_from([None, 2, 4]))
-def test_known_equals_sets(case, min_shared, max_board):
+@given(batches(), st.integers(1, 3), st.sampled_from([None, 2, 4]), st.booleans())
+def test_known_equals_sets(case, min_shared, max_board, mined):
     num_pins, edges, rows, cols = case
     pins, boards = zip(*edges) if edges else ((), ())
     graph = BoardGraph.from_edges(pins, boards, num_pins, 6)
-    sampler = NeighborSampler(graph, 0, board_damping=0.5, max_board=3)
-    affinity = exact_affinity(graph, 0.5, 3)
-    indptr, indices, weights = sampler.known(rows, cols, min_shared=min_shared, max_board=max_board)
-    assert indptr.dtype == indices.dtype == np.int64 and weights.dtype == np.float32
+    pairs = {(pin, other) for pin, other in zip(range(num_pins), range(1, num_pins))} if mined else set()
+    sampler = NeighborSampler(graph, 0, pairs=pairs_of(pairs, num_pins) if mined else None)
+    indptr, indices = sampler.known(rows, cols, min_shared=min_shared, max_board=max_board)
+    assert indptr.dtype == indices.dtype == np.int64
 
     boards_of = {pin: {b for p, b in edges if p == pin} for pin in range(-1, num_pins)}
     size = {b: len({p for p, c in edges if c == b}) for b in range(6)}
-    want_indptr, want_indices, want_weights = [0], [], []
+    want_indptr, want_indices = [0], []
     for row in rows:
         for slot, col in enumerate(cols):
             shared = {b for b in boards_of[row] & boards_of[col] if max_board is None or size[b] <= max_board}
-            if row != col and len(shared) >= min_shared:
+            if row != col and (len(shared) >= min_shared or (row, col) in pairs):
                 want_indices.append(slot)
-                counted = [b for b in shared if size[b] <= 3]
-                want_weights.append(sum(size[b] ** -1.5 for b in counted))
-                if max_board is None:
-                    np.testing.assert_allclose(want_weights[-1], affinity[row, col], rtol=1e-12)
         want_indptr.append(len(want_indices))
     assert indptr.tolist() == want_indptr
     assert indices.tolist() == want_indices
-    np.testing.assert_allclose(weights, np.array(want_weights, np.float32), rtol=1e-6)
+
+
+def pairs_of(weights, num_pins):
+    """NeighborPairs of {(pin, neighbor): weight}, or of a set of pairs that all weigh 1."""
+    rows = sorted(weights)
+    indptr = np.searchsorted([pin for pin, _ in rows], np.arange(num_pins + 1))
+    values = [1.0 if isinstance(weights, set) else weights[row] for row in rows]
+    neighbors = np.array([neighbor for _, neighbor in rows], np.int64)
+    return NeighborPairs(indptr, neighbors, np.array(values, np.float32), {}, 0)
+
+
+WEIGHTS = {(0, 1): 1.0, (0, 2): 3.0, (0, 4): 0.5, (1, 0): 2.0, (1, 3): 2.0, (3, 4): 1.0, (3, 0): 7.0}
+
+
+def mined_sampler(seed=0, **options):
+    graph = BoardGraph.from_edges([0, 1], [0, 0], 5, 1)
+    return NeighborSampler(graph, seed, pairs=pairs_of(WEIGHTS, 5), **options)
+
+
+def test_mined_samples_follow_the_weights():
+    sampler = mined_sampler()
+    for pin in range(5):
+        want = np.array([WEIGHTS.get((pin, other), 0.0) for other in range(5)])
+        drawn = sampler.sample(np.full(4000, pin), step=pin)
+        if want.sum() == 0:
+            assert (drawn == -1).all()
+        else:
+            assert chi_square(np.bincount(drawn, minlength=5), want / want.sum()) > ALARM
+
+
+def test_a_mined_sample_is_a_function_of_seed_step_and_slot():
+    sampler, pins = mined_sampler(), np.array([0, 3, 1, 0, -1, 2, 0, 3])
+    drawn = sampler.sample(pins, 9)
+    np.testing.assert_array_equal(drawn, mined_sampler().sample(pins, 9))
+    np.testing.assert_array_equal(drawn[3:], sampler.sample(pins[3:], 9, first_slot=3))
+    assert drawn[4] == drawn[5] == -1
+    many = np.zeros(300, np.int64)
+    for other in (sampler.sample(many, 10), mined_sampler(1).sample(many, 9)):
+        assert (other != sampler.sample(many, 9)).mean() > 0.2
+
+
+def test_log_q_of_mined_pairs():
+    anchors = np.array([0, 1, 2])
+    uniform = np.array([1, 1, 1, 0, 0]) / 3
+    want = uniform / 2
+    for pin in anchors:
+        row = np.array([WEIGHTS.get((pin, other), 0.0) for other in range(5)])
+        want += 0.5 / 3 * (row / row.sum() if row.sum() else uniform)
+    log_q = mined_sampler(anchors=anchors).log_q(np.arange(5))
+    np.testing.assert_allclose(np.exp(log_q.astype(float)), want, rtol=1e-6)
+
+
+def test_pairs_of_another_graph_are_refused():
+    with pytest.raises(ValueError, match="the pairs are of 4 pins, the graph has 5"):
+        NeighborSampler(BoardGraph.from_edges([0], [0], 5, 1), 0, pairs=pairs_of(set(), 4))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -232,35 +283,6 @@ def test_log_q_equals_the_frequency_in_batches(options):
     q_neighbor = 2 * q - (np.arange(60) < 50) / 50
     q_neighbor[np.abs(q_neighbor) < 1e-8] = 0
     assert chi_square(counts, q_neighbor / q_neighbor.sum()) > ALARM
-
-
-def test_the_table_of_board_probabilities_stays_exact_in_a_large_graph():
-    # Beyond 4096 pins the running sum of the table wraps around.
-    graph = random_graph(6000, 3000, 30_000)
-    weights = np.where(graph.board_sizes >= 2, np.maximum(graph.board_sizes, 1) ** -0.9, 0)
-    table = _board_cdf(graph, weights)
-    assert table.dtype == np.int32
-    for pin in range(6000):
-        mine = slice(graph.pin_indptr[pin], graph.pin_indptr[pin + 1])
-        cumulative = np.cumsum(weights[graph.pin_boards[mine]])
-        if len(cumulative) and cumulative[-1] > 0:
-            want = np.rint(2.0**31 * cumulative / cumulative[-1]) - 1
-            assert np.abs(table[mine] - want).max() <= 1
-            assert table[mine][cumulative == cumulative[-1]].tolist() == [2**31 - 1] * sum(
-                cumulative == cumulative[-1]
-            )
-        else:
-            assert (table[mine] == -1).all()
-
-
-def test_the_table_of_a_pin_on_millions_of_boards_reaches_one():
-    # Every part is rounded down, and three million of them lose more than half a unit of the table.
-    count = 3 * 2**20 + 1
-    boards = np.arange(count, dtype=np.int32)
-    graph = BoardGraph(np.array([0, count]), boards, np.arange(count + 1), np.zeros(count, np.int32))
-    table = _board_cdf(graph, np.ones(count))
-    assert table[-1] == 2**31 - 1
-    assert np.abs(table - (np.arange(1, count + 1) * (2**31 / count) - 1)).max() <= 2
 
 
 @pytest.mark.parametrize(

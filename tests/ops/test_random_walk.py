@@ -4,6 +4,7 @@ Every chi-square test here raises a false alarm with probability ALARM; its seed
 """
 
 import dataclasses
+import math
 import threading
 import time
 
@@ -12,43 +13,17 @@ import pytest
 import torch
 from pinclip_kernels import extension
 from scipy import stats
+from walk_graphs import exact_steps, graph_of, offsets, random_adjacency
 
-from pinclip.ops.random_walk import WalkGraph, random_walk
+from pinclip.ops.random_walk import WalkGraph, board_alias, random_walk
 from pinclip.reference.random_walk import philox4x32, walk_words
 from pinclip.reference.random_walk import random_walk as reference
 
 ALARM = 1e-6
 
 
-def graph_of(adjacency, weights=None, index=torch.int32):
-    """WalkGraph of a dense 0/1 matrix [P, B]; `weights` [B] makes boards unequally likely."""
-    adjacency = torch.as_tensor(adjacency)
-    pins, boards = adjacency.nonzero(as_tuple=True)
-    board_pins = adjacency.T.nonzero(as_tuple=True)[1]
-    table = None
-    if weights is not None:
-        table = torch.empty(len(boards), dtype=torch.int32)
-        for pin in range(len(adjacency)):
-            cumulative = torch.cumsum(torch.as_tensor(weights)[boards[pins == pin]].double(), 0)
-            share = (
-                cumulative / cumulative[-1] if cumulative.numel() and cumulative[-1] > 0 else cumulative * 0
-            )
-            table[pins == pin] = ((2.0**31 * share).round() - 1).int()
-    return WalkGraph(
-        offsets(adjacency.sum(1)), boards.to(index), offsets(adjacency.sum(0)), board_pins.to(index), table
-    )
-
-
-def offsets(counts):
-    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(counts, 0)])
-
-
-def random_adjacency(num_pins, num_boards, density, seed=0):
-    return (torch.rand(num_pins, num_boards, generator=torch.Generator().manual_seed(seed)) < density).long()
-
-
 def walk_by_reference(graph, starts, *, walks, length, restart=0.0, seed=0, first_walk=None):
-    lists = (graph.pin_indptr, graph.pin_boards, graph.board_indptr, graph.board_pins, graph.board_cdf)
+    lists = (graph.pin_indptr, graph.pin_boards, graph.board_indptr, graph.board_pins, graph.board_alias)
     return reference(*lists, starts, first_walk, walks, length, restart, seed)
 
 
@@ -97,14 +72,6 @@ def test_cpp_equals_the_reference(threads, num_starts, walks, length, weighted, 
     if num_starts > 4:
         assert (drawn[4] == -1).all() and (drawn[0] == -1).all()  # the isolated pin 3, and start -1
         assert (drawn[1:3] >= 0).all()
-
-
-def exact_steps(adjacency, weights=None):
-    """T[i, j]: the probability of one hop from i to j, in fp64."""
-    adjacency = adjacency.double()
-    choice = adjacency if weights is None else adjacency * torch.as_tensor(weights).double()
-    choice = choice / choice.sum(1, keepdim=True)
-    return (choice / adjacency.sum(0)) @ adjacency.T
 
 
 @pytest.mark.parametrize("restart", [0.0, 0.35, 1.0])
@@ -178,43 +145,73 @@ def test_pins_and_edges_beyond_32_bits():
     pin_indptr, board_indptr = graph.pin_indptr + edge_shift, graph.board_indptr + edge_shift
     board_pins = graph.board_pins + pin_shift
     visited = torch.zeros(len(starts), walks, length, dtype=torch.int64)
-    extension.load().random_walk(
+    compiled = extension.load()
+    far = compiled.Graph(
         pin_indptr.data_ptr() - 8 * pin_shift,
         graph.pin_boards.data_ptr() - 8 * edge_shift,
         board_indptr.data_ptr(),
         board_pins.data_ptr() - 8 * edge_shift,
         0,
         True,
-        starts.data_ptr(),
-        0,
-        len(starts),
-        walks,
-        length,
-        int(0.4 * 2**32),
-        99,
-        visited.data_ptr(),
-        1,
     )
+    plan = extension.walk_plan(starts, None, walks, length, 0.4, 99)
+    compiled.random_walk(far, plan, visited.data_ptr(), 1)
     want = [
         [walk_by_hand(graph, start - pin_shift, walk, length, 0.4, 99, pin_shift) for walk in range(walks)]
         for start in starts.tolist()
     ]
     assert visited.tolist() == want
     hand = philox4x32((torch.tensor(4), torch.tensor(2), torch.tensor(5), torch.tensor(2)), 99)
-    assert walk_words(4, torch.tensor(2), torch.tensor(5 + pin_shift), 99) == hand[:3]
+    assert walk_words(4, torch.tensor(2), torch.tensor(5 + pin_shift), 99) == hand
 
 
 @pytest.mark.parametrize("walker", [random_walk, walk_by_reference])
 def test_the_boundary_of_a_weighted_draw(walker):
-    """The word that equals an entry of the table takes that entry."""
-    graph = graph_of([[1, 1], [1, 0], [0, 1]], [1.0, 1.0])
-    value = int(walk_words(0, torch.tensor(0), torch.tensor(0), 5)[1]) >> 1
-    for first, missing in ((value, 2), (value - 1, 1)):
-        table = torch.tensor([first, 2**31 - 1, 2**31 - 1, 2**31 - 1], dtype=torch.int32)
-        weighted = dataclasses.replace(graph, board_cdf=table)
+    """A word below the threshold keeps the entry, one that equals it goes to the alias."""
+    graph = graph_of([[1, 1], [1, 0], [0, 1]])  # pin 0 is on both boards, 1 and 2 on one each
+    words = [int(word) for word in walk_words(0, torch.tensor(0), torch.tensor(0), 5)]
+    own = words[1] * 2 >> 32
+    for threshold, board in ((words[3] + 1, own), (words[3], 1 - own)):
+        table = torch.full((4,), 2**32 - 1)
+        table[own] = ((1 - own) << 32) + threshold
+        weighted = dataclasses.replace(graph, board_alias=table)
         swapped = dataclasses.replace(weighted, board_pins=torch.tensor([1, 0, 2, 0], dtype=torch.int32))
         drawn = {int(walker(g, torch.tensor([0]), walks=1, length=1, seed=5)) for g in (weighted, swapped)}
-        assert drawn == {0, 3 - missing}  # either pin of the one board, by the order of its list
+        assert drawn == {0, 1 + board}  # either pin of the one board, by the order of its list
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_the_alias_table_holds_the_weights(index):
+    """What the table gives each board, summed over its entries, is the board's share up to n 2^-32."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([0, 1, 2, 3, 7, 500, 4])
+    boards = torch.cat([torch.randperm(500, generator=generator)[:n] for n in lengths.tolist()])
+    weights = torch.rand(500, generator=generator, dtype=torch.float64) ** 8
+    weights[::5] = 0
+    weights[boards[-4:]] = 0
+    table = board_alias(offsets(lengths), boards.to(index), weights)
+    begin = 0
+    for length in lengths.tolist():
+        mine, entries = boards[begin : begin + length], table[begin : begin + length]
+        begin += length
+        if weights[mine].sum() == 0:
+            assert (entries == -1).all()
+            continue
+        own = (entries & 0xFFFFFFFF).double() / 2**32
+        share = own.index_add(0, entries >> 32, 1 - own) / length
+        want = weights[mine] / weights[mine].sum()
+        assert (share - want).abs().max() <= length * 2.0**-32
+        assert (share[want == 0] == 0).all()
+
+
+def test_a_pin_on_millions_of_boards_has_a_table():
+    count = 3 * 2**20 + 1
+    boards = torch.arange(count, dtype=torch.int32)
+    weights = torch.linspace(0.1, 10, count, dtype=torch.float64)
+    entries = board_alias(torch.tensor([0, count]), boards, weights)
+    own = (entries & 0xFFFFFFFF).double() / 2**32
+    share = own.index_add(0, entries >> 32, 1 - own) / count
+    assert ((share * weights.sum() / weights) - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -283,7 +280,7 @@ def test_the_gil_is_released(threads):
 def test_opcheck_and_compile():
     graph = graph_of(random_adjacency(20, 10, 0.3), torch.ones(10))
     lists = (graph.pin_indptr, graph.pin_boards, graph.board_indptr, graph.board_pins)
-    for table, first_walk in ((None, None), (graph.board_cdf, torch.arange(20))):
+    for table, first_walk in ((None, None), (graph.board_alias, torch.arange(20))):
         torch.library.opcheck(
             torch.ops.pinclip.random_walk, (*lists, table, torch.arange(20), first_walk, 3, 2, 0.5, 1)
         )
@@ -329,8 +326,10 @@ def test_refused_arguments(starts, options, message):
         ("board_pins", torch.tensor([0, 1, 1, -1], dtype=torch.int32)),
         ("board_pins", torch.tensor([0, 1, 1, 2])),
         ("board_pins", torch.tensor([0, 1, 1, 2], dtype=torch.int32).repeat(2)[::2]),
-        ("board_cdf", torch.zeros(3, dtype=torch.int32)),
-        ("board_cdf", torch.zeros(4)),
+        ("board_alias", torch.zeros(3, dtype=torch.int64)),
+        ("board_alias", torch.zeros(4)),
+        ("board_alias", torch.tensor([1 << 32, 0, 0, 0])),  # beyond the list of the first pin
+        ("board_alias", torch.tensor([0, -2, 0, 0])),
     ],
 )
 def test_walk_graph_refuses(name, value):
@@ -338,6 +337,12 @@ def test_walk_graph_refuses(name, value):
     WalkGraph(**good)
     with pytest.raises(ValueError, match="random_walk: "):
         WalkGraph(**(good | {name: value}))
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, math.inf], [math.nan, 1.0], [1.0]])
+def test_the_alias_table_refuses(weights):
+    with pytest.raises(ValueError, match="board_weights cannot be"):
+        board_alias(torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor(weights, dtype=torch.float64))
 
 
 def test_the_loader_names_the_build_command(monkeypatch):
@@ -351,3 +356,21 @@ def test_the_loader_names_the_build_command(monkeypatch):
             extension.load()
     finally:
         extension.load.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_cuda_equals_cpp(weighted, index):
+    adjacency = random_adjacency(400, 250, 0.05)
+    adjacency[3] = 0
+    weights = torch.rand(250, generator=torch.Generator().manual_seed(1)).double() if weighted else None
+    graph = graph_of(adjacency, weights, index)
+    on_gpu = WalkGraph(*(None if t is None else t.cuda() for t in vars(graph).values()))
+    starts = torch.arange(400) - 1
+    options = {"walks": 37, "length": 9, "restart": 0.3, "seed": 2**62 + 12345}
+    for first_walk in (None, starts + 2**31):
+        drawn = random_walk(
+            on_gpu, starts.cuda(), **options, first_walk=None if first_walk is None else first_walk.cuda()
+        )
+        assert torch.equal(drawn.cpu(), random_walk(graph, starts, **options, first_walk=first_walk))

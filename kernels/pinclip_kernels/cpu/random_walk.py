@@ -13,7 +13,7 @@ def random_walk(
     pin_boards: Tensor,
     board_indptr: Tensor,
     board_pins: Tensor,
-    board_cdf: Tensor | None,
+    board_alias: Tensor | None,
     starts: Tensor,
     first_walk: Tensor | None,
     walks: int,
@@ -27,20 +27,17 @@ def random_walk(
     """
     visited = starts.new_empty((starts.numel(), walks, length))
     extension.load().random_walk(
-        pin_indptr.data_ptr(),
-        pin_boards.data_ptr(),
-        board_indptr.data_ptr(),
-        board_pins.data_ptr(),
-        0 if board_cdf is None else board_cdf.data_ptr(),
-        pin_boards.dtype == torch.int64,
-        starts.data_ptr(),
-        0 if first_walk is None else first_walk.data_ptr(),
-        starts.numel(),
-        walks,
-        length,
-        int(restart * 2.0**32),
-        seed,
+        extension.graph(pin_indptr, pin_boards, board_indptr, board_pins, board_alias),
+        extension.walk_plan(starts, first_walk, walks, length, restart, seed),
         visited.data_ptr(),
         torch.get_num_threads(),
     )
     return visited
+
+
+def board_alias(pin_indptr: Tensor, pin_boards: Tensor, board_weights: Tensor) -> Tensor:
+    """int64 [E], the alias table of weights float64 [B]; contiguous CPU tensors, already checked."""
+    table = torch.empty(pin_boards.numel(), dtype=torch.int64)
+    graph = extension.graph(pin_indptr, pin_boards, pin_indptr, pin_boards)  # one direction is all it reads
+    extension.load().board_alias(graph, pin_indptr.numel() - 1, board_weights.data_ptr(), table.data_ptr())
+    return table
