@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup train test lint format ablation clean
+.PHONY: help setup train test lint format ablation sanitize clean
 
 help:
 	@sed -n '1,3p' Makefile
@@ -46,6 +46,18 @@ format: $(INSTALLED)
 
 ablation: $(INSTALLED) data/emoji/dataset.json
 	$(BIN)/pinclip ablation --config configs/quickstart.toml --seeds 3 --out runs/ablation
+
+# The C++ core under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+sanitize: build/sanitize-address build/sanitize-thread
+	build/sanitize-address
+	build/sanitize-thread
+
+build/sanitize-address: SANITIZERS := address,undefined -fno-sanitize-recover=all
+build/sanitize-thread: SANITIZERS := thread
+build/sanitize-%: tests/csrc/sanitize.cpp $(wildcard csrc/*.cpp csrc/*.h)
+	@mkdir -p build
+	c++ -std=c++17 -O1 -g -pthread -fsanitize=$(SANITIZERS) -Icsrc tests/csrc/sanitize.cpp \
+		$(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) -o $@
 
 clean:
 	rm -rf build *.egg-info runs

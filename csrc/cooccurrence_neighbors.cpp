@@ -23,7 +23,7 @@ void mine_start(const CooccurrencePlan<Index>& plan, int64_t start, PinSums<Inde
   const int64_t begin = home < 0 ? 0 : plan.pin_indptr[home], end = home < 0 ? 0 : plan.pin_indptr[home + 1];
   int64_t most = 0;
   for (int64_t edge = begin; edge < end; ++edge) most += board_size(plan, plan.pin_boards[edge]);
-  sums.reset(std::min(most, plan.num_pins));
+  sums.reset(std::min(most, plan.num_pins), plan.num_pins);
   for (int64_t edge = begin; edge < end; ++edge) {
     const int64_t board = plan.pin_boards[edge];
     const double weight = plan.board_weights ? plan.board_weights[board] : 1.0;
@@ -45,11 +45,11 @@ void cooccurrence_neighbors(const CooccurrencePlan<Index>& plan, int64_t* neighb
     const int64_t last = std::min((block + 1) * kBlock, plan.num_starts);
     for (int64_t start = block * kBlock; start < last; ++start) {
       mine_start(plan, start, sums);
-      best.clear();
+      best.reset(plan.top_k);
       sums.for_each([&](Index pin, double sum) {
         best.offer(pin, static_cast<float>(sum) * (plan.pin_scale ? plan.pin_scale[pin] : 1.0f));
       });
-      best.write(plan.top_k, neighbors + start * plan.top_k, weights + start * plan.top_k);
+      best.write(neighbors + start * plan.top_k, weights + start * plan.top_k);
     }
   });
 }

@@ -5,8 +5,9 @@
 #include <cstdint>
 
 // Compiles a function for AVX-512 as well, where the loop over lanes takes a sixth of the time; which of the
-// two runs is decided when the library is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// two runs is decided when the library is loaded; which ThreadSanitizer, not ready by then, does not survive.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #define PINCLIP_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
 #else
 #define PINCLIP_VECTOR_CLONES

@@ -61,7 +61,8 @@ class Miner {
   }
 
   void begin(int64_t start) {
-    visits_.reset(plan_.starts[start] < 0 ? 0 : std::min(plan_.walks * plan_.length, top_.num_pins));
+    const int64_t most = std::min(plan_.walks * plan_.length, top_.num_pins);
+    visits_.reset(plan_.starts[start] < 0 ? 0 : most, top_.num_pins);
     often_ = 0;
   }
 
@@ -77,12 +78,12 @@ class Miner {
   bool stopped() const { return top_.stop_visits > 0 && often_ >= top_.top_k; }
 
   void write(int64_t start, int64_t* neighbors, float* weights) {
-    best_.clear();
+    best_.reset(top_.top_k);
     visits_.for_each([&](Index pin, int64_t visits) {
       const float scale = top_.pin_scale ? top_.pin_scale[pin] : 1.0f;
       best_.offer(pin, static_cast<float>(visits) * scale);
     });
-    best_.write(top_.top_k, neighbors + start * top_.top_k, weights + start * top_.top_k);
+    best_.write(neighbors + start * top_.top_k, weights + start * top_.top_k);
   }
 
   const WalkGraph<Index>& graph_;

@@ -160,7 +160,8 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     with _reading(path):
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty")
-        return pq.ParquetFile(path)
+        # Without these two Arrow holds a row group of the file at a time, whatever the size of a batch.
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[list[pa.Array]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ from pinclip.errors import ConfigError, PinclipError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`pinclip data|eval|report|ablation ...`"""
+    """`pinclip data|graph|eval|report|ablation ...`"""
     parser = argparse.ArgumentParser(prog="pinclip", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     from pinclip.cli.data import add_parser as add_data_parser
+    from pinclip.cli.graph import add_parser as add_graph_parser
 
     add_data_parser(commands)
+    add_graph_parser(commands)
 
     command = commands.add_parser("eval", help="evaluate a run on pins it was not trained on")
     command.add_argument("folder", metavar="RUN", help="a finished run folder")
@@ -63,6 +66,9 @@ def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Na
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _train(arguments: argparse.Namespace) -> int:

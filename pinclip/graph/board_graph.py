@@ -18,6 +18,8 @@ from pinclip.errors import DataError
 from pinclip.io import atomic_directory
 
 _FORMAT = 1
+# Edges looked at together by what goes through all of them: their temporaries stay in a core's cache.
+_CHUNK = 1 << 16
 _ARRAYS = ("pin_indptr", "pin_boards", "board_indptr", "board_pins")
 
 
@@ -84,7 +86,7 @@ class BoardGraph:
             raise DataError(f"edges: {len(pins)} pins against {len(boards)} boards")
         _check_range(pins, num_pins, "pin")
         _check_range(boards, num_boards, "board")
-        dtype = _index_dtype(num_pins, num_boards)
+        dtype = index_dtype(num_pins, num_boards)
         by_pin, by_board = _sorted_pairs(pins, boards, num_boards)
         pin_indptr = _indptr(by_pin, num_pins)
         pin_boards = by_board.astype(dtype)
@@ -101,16 +103,26 @@ class BoardGraph:
         Raises ValueError for a mask of another length or an index out of range.
         """
         gone = self._pin_mask(pins)
-        edge_gone = np.repeat(gone, self.pin_degrees)
         degrees = np.where(gone, 0, self.pin_degrees)
-        board_keep = ~gone[self.board_pins]
-        kept_before = np.concatenate(([0], np.cumsum(board_keep)))
-        return BoardGraph(
-            _from_counts(degrees),
-            self.pin_boards[~edge_gone],
-            kept_before[self.board_indptr].astype(np.int64),
-            self.board_pins[board_keep],
-        )
+        pin_boards = np.empty(degrees.sum(), self.pin_boards.dtype)
+        board_pins = np.empty_like(pin_boards)
+        sizes = np.zeros(self.num_boards, np.int64)
+        at = 0
+        for start, stop in edge_chunks(self.pin_indptr):
+            kept = self.pin_boards[start:stop][~gone[edge_rows(self.pin_indptr, start, stop)]]
+            pin_boards[at : at + len(kept)] = kept
+            at += len(kept)
+        at = 0
+        for start, stop in edge_chunks(self.board_indptr):
+            keep = ~gone[self.board_pins[start:stop]]
+            kept = self.board_pins[start:stop][keep]
+            boards = edge_rows(self.board_indptr, start, stop)
+            sizes[boards[0] : boards[-1] + 1] += np.bincount(
+                boards[keep] - boards[0], minlength=boards[-1] - boards[0] + 1
+            )
+            board_pins[at : at + len(kept)] = kept
+            at += len(kept)
+        return BoardGraph(indptr_of(degrees), pin_boards, indptr_of(sizes), board_pins)
 
     def boards_of(self, pin: int) -> np.ndarray:
         """The boards of one pin, increasing (a view)."""
@@ -141,13 +153,7 @@ class BoardGraph:
         with atomic_directory(path) as folder:
             for name in _ARRAYS:
                 np.save(folder / f"{name}.npy", np.ascontiguousarray(getattr(self, name)))
-            info = {
-                "format": _FORMAT,
-                "pins": self.num_pins,
-                "boards": self.num_boards,
-                "edges": self.num_edges,
-            }
-            (folder / "graph.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
+            write_info(folder, self.num_pins, self.num_boards, self.num_edges)
 
     @classmethod
     def load(cls, path: str | os.PathLike, mmap: bool = True) -> BoardGraph:
@@ -196,6 +202,29 @@ class BoardGraph:
             raise DataError(f"{path}: pin_boards.npy and board_pins.npy hold different edges")
 
 
+def edge_chunks(indptr: np.ndarray, size: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) that together cover all edges, each at most `size` edges of at most `size` rows."""
+    size = size or _CHUNK
+    for row in range(0, len(indptr) - 1, size):
+        stop = int(indptr[min(row + size, len(indptr) - 1)])
+        for start in range(int(indptr[row]), stop, size):
+            yield start, min(start + size, stop)
+
+
+def edge_rows(indptr: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """The row of each edge from `start` to `stop`: int64 [stop - start]."""
+    first = int(np.searchsorted(indptr, start, side="right")) - 1
+    last = int(np.searchsorted(indptr, stop))
+    counts = np.diff(np.clip(indptr[first : last + 1], start, stop))
+    return np.repeat(np.arange(first, last), counts)
+
+
+def write_info(folder: Path, pins: int, boards: int, edges: int) -> None:
+    """Write the graph.json of a folder that holds the arrays of such a graph."""
+    info = {"format": _FORMAT, "pins": pins, "boards": boards, "edges": edges}
+    (folder / "graph.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
+
+
 def _index_list(values, name: str) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1:
@@ -215,7 +244,8 @@ def _check_range(values: np.ndarray, bound: int, kind: str) -> None:
         raise DataError(f"edge {row} names {kind} {values[row]}, which is not in [0, {bound})")
 
 
-def _index_dtype(num_pins: int, num_boards: int) -> type:
+def index_dtype(num_pins: int, num_boards: int) -> type:
+    """The type of the lists of a graph of this size."""
     return np.int32 if max(num_pins, num_boards) <= np.iinfo(np.int32).max else np.int64
 
 
@@ -233,10 +263,11 @@ def _sorted_pairs(major: np.ndarray, minor: np.ndarray, num_minor: int) -> tuple
 
 
 def _indptr(rows: np.ndarray, num_rows: int) -> np.ndarray:
-    return _from_counts(np.bincount(rows, minlength=num_rows))
+    return indptr_of(np.bincount(rows, minlength=num_rows))
 
 
-def _from_counts(counts: np.ndarray) -> np.ndarray:
+def indptr_of(counts: np.ndarray) -> np.ndarray:
+    """Where the lists of these lengths begin, and where the last one ends: int64 [n + 1]."""
     indptr = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=indptr[1:])
     return indptr
@@ -275,7 +306,11 @@ def _check_indptr(path: Path, indptr: np.ndarray, rows: int, edges: int) -> None
         raise DataError(f"{path}: dtype is {indptr.dtype}, want int64")
     if len(indptr) != rows + 1:
         raise DataError(f"{path}: has {len(indptr)} entries, want {rows + 1}")
-    if indptr[0] != 0 or indptr[-1] != edges or (np.diff(indptr) < 0).any():
+    rises = all(
+        (indptr[row + 1 : row + 1 + _CHUNK] >= indptr[row : row + _CHUNK][: rows - row]).all()
+        for row in range(0, rows, _CHUNK)
+    )
+    if indptr[0] != 0 or indptr[-1] != edges or not rises:
         raise DataError(f"{path}: does not rise from 0 to {edges}")
 
 
@@ -284,22 +319,25 @@ def _check_lists(path: Path, indptr: np.ndarray, lists: np.ndarray, edges: int, 
         raise DataError(f"{path}: dtype is {lists.dtype}, want int32 or int64")
     if len(lists) != edges:
         raise DataError(f"{path}: has {len(lists)} entries, want {edges}")
-    if edges == 0:
-        return
-    if lists.min() < 0 or lists.max() >= bound:
-        raise DataError(f"{path}: has an index outside [0, {bound})")
-    rises = np.diff(lists) > 0
-    starts = indptr[1:-1]
-    rises[starts[(starts > 0) & (starts < edges)] - 1] = True  # the step from one list into the next is free
-    if not rises.all():
-        raise DataError(f"{path}: entry {int(np.argmin(rises)) + 1} breaks the order of its list")
+    for start in range(0, edges, _CHUNK):
+        # One entry more than the chunk, so that the step from one chunk into the next is looked at too.
+        some = lists[start : start + _CHUNK + 1]
+        if some.min() < 0 or some.max() >= bound:
+            raise DataError(f"{path}: has an index outside [0, {bound})")
+        falls = start + 1 + np.flatnonzero(some[1:] <= some[:-1])
+        # The step from one list into the next is free.
+        wrong = falls[indptr[np.searchsorted(indptr, falls)] != falls]
+        if len(wrong):
+            raise DataError(f"{path}: entry {wrong[0]} breaks the order of its list")
 
 
 def _edge_hash(indptr: np.ndarray, lists: np.ndarray, *, rows_are_pins: bool) -> int:
     """A sum over edges that does not depend on their order, to compare the two directions."""
-    rows = np.repeat(np.arange(len(indptr) - 1, dtype=np.uint64), np.diff(indptr))
-    columns = lists.astype(np.uint64)
-    pins, boards = (rows, columns) if rows_are_pins else (columns, rows)
-    mixed = (pins * np.uint64(0x9E3779B97F4A7C15)) ^ (boards * np.uint64(0xC2B2AE3D27D4EB4F))
-    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    return int((mixed ^ (mixed >> np.uint64(32))).sum(dtype=np.uint64))
+    total = 0
+    for start, stop in edge_chunks(indptr):
+        rows, columns = edge_rows(indptr, start, stop).view(np.uint64), lists[start:stop].astype(np.uint64)
+        pins, boards = (rows, columns) if rows_are_pins else (columns, rows)
+        mixed = (pins * np.uint64(0x9E3779B97F4A7C15)) ^ (boards * np.uint64(0xC2B2AE3D27D4EB4F))
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+        total += int((mixed ^ (mixed >> np.uint64(32))).sum(dtype=np.uint64))
+    return total % 2**64

@@ -18,12 +18,13 @@ class CountMinSketch:
         depth: rows, each with a hash function of its own.
         seed: of the hash functions.
 
-    Where the graph fits one machine, `NeighborSampler.log_q` is exact and needs none of this; the sketch is for
-    streams of pairs whose pins nobody can list. Text ids are hashed to int64 first. Memory: 8 width depth bytes.
+    Where the graph fits one machine, `NeighborSampler.log_q` is exact and needs none of this; the sketch is
+    for streams of pairs whose pins nobody can list. Text ids are hashed to int64 first. Memory:
+    8 width depth bytes.
 
     Source: Cormode and Muthukrishnan, "An improved data stream summary: the count-min sketch", J. Algorithms
-    55(1), 2005; the hash is multiply-shift, Dietzfelbinger et al., J. Algorithms 25(1), 1997; the use for logQ,
-    Yi et al., RecSys 2019.
+    55(1), 2005; the hash is multiply-shift, Dietzfelbinger et al., J. Algorithms 25(1), 1997; the use for
+    logQ, Yi et al., RecSys 2019.
     """
 
     def __init__(self, width: int, depth: int = 4, seed: int = 0) -> None:

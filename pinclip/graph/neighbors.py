@@ -26,7 +26,7 @@ class NeighborSampler:
 
     Walks: a board b of s_b pins weighs w_b = s_b^-board_damping; a board of one pin, or of more than
     `max_board`, weighs nothing. With A_pb = 1 where pin p is on board b, the walk from i chooses b with
-    probability A_ib w_b / sum_c A_ic w_c and then one of its pins uniformly, and does so again where that is i:
+    probability A_ib w_b / sum_c A_ic w_c and then one of its pins uniformly, and again where that is i:
 
         P(j | i) = a_ij / sum_{l != i} a_il,    a_ij = sum_b A_ib A_jb w_b / s_b,    j != i.
 
@@ -37,8 +37,8 @@ class NeighborSampler:
         seed: in [0, 2^63).
         board_damping: 0 walks through each board of a pin equally often; more prefers small boards.
         max_board: the largest board walked through, or None for no bound.
-        pairs: draw from these, in the numbering of the graph, and do not walk. They must have been mined without
-            the withheld edges (`NeighborPairs.check_split`).
+        pairs: draw from these, in the numbering of the graph, and do not walk. They must have been mined
+            without the withheld edges (`NeighborPairs.check_split`).
         anchors: int64, the pins that `log_q` takes anchors to be drawn from, or None for every pin.
 
     Memory beside the graph: 8 bytes per edge where boards do not weigh the same, or 16 bytes per pair.

@@ -24,7 +24,7 @@ class NeighborPairs:
     """Neighbors of pins with weights, as CSR over some numbering of P pins.
 
     indptr: int64 [P + 1]. neighbors: int64 [K]. weights: float32 [K], above zero.
-    record: what `mine_pairs` wrote of its mining. dropped: pairs left out because the numbering lacks a pin.
+    record: what `mine_pairs` wrote of its mining. dropped: pairs left out, of unknown or unusable pins.
     """
 
     indptr: np.ndarray
@@ -38,8 +38,12 @@ class NeighborPairs:
         return len(self.indptr) - 1
 
     @classmethod
-    def load(cls, path: str | os.PathLike, ids: Sequence[str]) -> NeighborPairs:
+    def load(
+        cls, path: str | os.PathLike, ids: Sequence[str], usable: np.ndarray | None = None
+    ) -> NeighborPairs:
         """Read a file, a folder of shards, or a pattern; pins are numbered by their place in `ids`.
+
+        usable: bool [P] or None (all); a pair with a pin that is not is left out, as one of an unknown pin.
 
         Raises DataError, naming file and row, for a table that `mine_pairs` did not write, for shards of
         different minings or some missing, for a weight that is not above zero, for a pin paired with itself,
@@ -56,6 +60,8 @@ class NeighborPairs:
                 for column, parts in (("pin", pins), ("neighbor", neighbors)):
                     found = pc.index_in(tables.canonical_ids(batch[column], file, row, column), known)
                     parts.append(pc.fill_null(found, -1).to_numpy().astype(np.int64))
+                    if usable is not None:
+                        parts[-1][(parts[-1] >= 0) & ~usable[parts[-1]]] = -1
                 weights.append(_weights(batch["weight"], file, row))
                 same = np.flatnonzero((pins[-1] == neighbors[-1]) & (pins[-1] >= 0))
                 if len(same):

@@ -1,15 +1,20 @@
-"""Splits that withhold whole pins, so that evaluation meets pins training has never seen."""
+"""Splits: pins withheld with all their edges, or single edges, by hashes of ids and a seed; and their proof.
+
+A hash sees the id as text, so that the integer 17 and the text "17" are on the same side.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pinclip.errors import DataError
-from pinclip.graph.board_graph import BoardGraph
+from pinclip.graph.board_graph import BoardGraph, edge_chunks, edge_rows
 
 _FORMAT = 1
 
@@ -96,7 +101,7 @@ def cold_split(ids: Sequence[str], fraction: float, seed: int, eligible=None) ->
         raise ValueError(f"fraction is {fraction}, want a value in [0, 1]")
     names = [str(id_) for id_ in ids]
     _check_distinct(names)
-    cold = np.array([is_withheld(name, fraction, seed) for name in names], bool)
+    cold = below(id_hashes(names, seed), fraction)
     if eligible is not None:
         eligible = np.asarray(eligible, bool)
         if eligible.shape != cold.shape:
@@ -110,13 +115,41 @@ def is_withheld(name: str, fraction: float, seed: int) -> bool:
     return _hash(name, seed) < fraction * 2.0**64
 
 
+def id_hashes(ids: Iterable[str | int], seed: int) -> np.ndarray:
+    """The hash of (seed, id) of each id: uint64 [n]. `is_withheld` compares it with the fraction."""
+    keyed = hashlib.blake2b(digest_size=8, key=_key(seed))
+
+    def digest(id_: str | int) -> bytes:
+        hash_ = keyed.copy()
+        hash_.update(_raw(str(id_)))
+        return hash_.digest()
+
+    return np.frombuffer(b"".join(map(digest, ids)), "<u8").astype(np.uint64)
+
+
+def edge_hashes(pin_hashes: np.ndarray, board_hashes: np.ndarray) -> np.ndarray:
+    """The hash of each edge, from the hashes of its pin and its board: uint64 [n].
+
+    Two rounds of the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), one for each end.
+    """
+    return _mixed(_mixed(pin_hashes + np.uint64(0x9E3779B97F4A7C15)) ^ board_hashes)
+
+
+def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which hashes, as a share of 2^64, are below `fraction`: bool [n]."""
+    bound = math.ceil(fraction * 2.0**64)
+    if bound >= 2**64:
+        return np.ones(len(hashes), bool)
+    return hashes < np.uint64(bound)
+
+
 def check_no_leak(training_graph: BoardGraph, cold) -> None:
     """Prove that no edge of a cold pin is in the training graph, looking at both directions.
 
     Args:
         cold: integer pin indices.
 
-    Raises DataError that names the first cold pin found.
+    Raises DataError that names the first cold pin found. Extra memory: a bounded chunk of edges.
     """
     mask = np.zeros(training_graph.num_pins, bool)
     mask[np.asarray(cold, np.int64)] = True
@@ -125,12 +158,85 @@ def check_no_leak(training_graph: BoardGraph, cold) -> None:
         raise DataError(
             f"leak: cold pin {leaking[0]} has {training_graph.pin_degrees[leaking[0]]} training edges"
         )
-    reached = np.flatnonzero(mask[training_graph.board_pins])
-    if len(reached):
-        board = np.searchsorted(training_graph.board_indptr, reached[0], side="right") - 1
-        raise DataError(
-            f"leak: cold pin {training_graph.board_pins[reached[0]]} is on training board {board}"
-        )
+    for start, stop in edge_chunks(training_graph.board_indptr):
+        pins = training_graph.board_pins[start:stop]
+        reached = np.flatnonzero(mask[pins])
+        if len(reached):
+            board = edge_rows(training_graph.board_indptr, start, stop)[reached[0]]
+            raise DataError(f"leak: cold pin {pins[reached[0]]} is on training board {board}")
+
+
+def check_no_edge_leak(training_graph: BoardGraph, withheld: BoardGraph) -> None:
+    """Prove that no withheld edge is in the training graph, looking at both directions of both.
+
+    Raises DataError that names the first such edge, and where the two do not have the same pins and boards.
+    Extra memory: a bounded chunk of edges.
+    """
+    if (training_graph.num_pins, training_graph.num_boards) != (withheld.num_pins, withheld.num_boards):
+        raise DataError(f"{withheld!r} and {training_graph!r} are of different pins or boards")
+    for direction in ("pin", "board"):
+        shared = _shared_edge(_lists(training_graph, direction), _lists(withheld, direction))
+        if shared is not None:
+            pin, board = shared if direction == "pin" else shared[::-1]
+            raise DataError(f"leak: the withheld edge of pin {pin} and board {board} is a training edge")
+
+
+def check_edge_sides(
+    training_graph: BoardGraph,
+    withheld: BoardGraph,
+    pin_hashes: np.ndarray,
+    board_hashes: np.ndarray,
+    fraction: float,
+) -> None:
+    """Prove that the hash of every withheld edge is below `fraction`, and that of no training edge.
+
+    Raises DataError that names the first edge found on the wrong side. Extra memory: a chunk of edges.
+    """
+    for graph, side in ((training_graph, "training"), (withheld, "withheld")):
+        for start, stop in edge_chunks(graph.pin_indptr):
+            pins, boards = edge_rows(graph.pin_indptr, start, stop), graph.pin_boards[start:stop]
+            held = below(edge_hashes(pin_hashes[pins], board_hashes[boards]), fraction)
+            wrong = np.flatnonzero(held == (graph is training_graph))
+            if len(wrong):
+                pin, board = pins[wrong[0]], boards[wrong[0]]
+                raise DataError(
+                    f"leak: by its hash the {side} edge of pin {pin} and board {board} is not one"
+                )
+
+
+def _lists(graph: BoardGraph, direction: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """(offsets, lists, how many there can be in a list) of one direction."""
+    if direction == "pin":
+        return graph.pin_indptr, graph.pin_boards, graph.num_boards
+    return graph.board_indptr, graph.board_pins, graph.num_pins
+
+
+def _shared_edge(training: tuple, withheld: tuple) -> tuple[int, int] | None:
+    """The first (row, column) that is in the lists of both; None where there is none."""
+    indptr, lists, width = training
+    held_indptr, held_lists, _ = withheld
+    for start, stop in edge_chunks(indptr):
+        rows, columns = edge_rows(indptr, start, stop), lists[start:stop]
+        keys = (rows - rows[0]) * width + columns
+        # The withheld edges from the first to the last edge of this chunk; they may be many more.
+        begin = _place(held_indptr, held_lists, rows[0], columns[0], "left")
+        end = _place(held_indptr, held_lists, rows[-1], columns[-1], "right")
+        for first in range(begin, end, len(keys)):
+            last = min(first + len(keys), end)
+            held = (edge_rows(held_indptr, first, last) - rows[0]) * width + held_lists[first:last]
+            at = np.searchsorted(keys, held)
+            shared = np.flatnonzero(keys[np.minimum(at, len(keys) - 1)] == held)
+            if len(shared):
+                row, column = divmod(int(held[shared[0]]), width)
+                return row + int(rows[0]), column
+    return None
+
+
+def _place(indptr: np.ndarray, lists: np.ndarray, row: int, column: int, side: str) -> int:
+    """Where in the lists the edge (row, column) is, or would be. A list may be far longer than a chunk."""
+    bisect = bisect_left if side == "left" else bisect_right
+    where = range(int(indptr[row]), int(indptr[row + 1]))
+    return where.start + bisect(where, column, key=lambda at: lists[at : at + 1][0])
 
 
 def _check_distinct(names: list[str]) -> None:
@@ -144,9 +250,21 @@ def _check_distinct(names: list[str]) -> None:
 
 
 def _hash(name: str, seed: int) -> int:
-    key = int(seed).to_bytes(16, "little", signed=True)
-    raw = name.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=key).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(_raw(name), digest_size=8, key=_key(seed)).digest(), "little")
+
+
+def _key(seed: int) -> bytes:
+    return int(seed).to_bytes(16, "little", signed=True)
+
+
+def _raw(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass")
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def _digest(ids: Sequence[str]) -> str:

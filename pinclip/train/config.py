@@ -99,6 +99,7 @@ class ObjectiveConfig(_Table):
     )
     log_q: bool = Field(True, description="correct for popular pins being drawn more often")
     board_damping: float = Field(0.5, ge=0, description="a board is walked in proportion to size^-damping")
+    pairs: str | None = Field(None, description="mined pairs to draw neighbors from, in place of walks")
 
     @property
     def uses_neighbors(self) -> bool:

@@ -28,6 +28,7 @@ from pinclip.data.tokenizer import Tokenizer
 from pinclip.data.transforms import TrainTransform
 from pinclip.errors import CheckpointError, ConfigError, DataError
 from pinclip.graph.neighbors import NeighborSampler
+from pinclip.graph.pairs import NeighborPairs
 from pinclip.graph.splits import Split, cold_split
 from pinclip.io import atomic_directory, write_text, writing
 from pinclip.models import PinCLIP, load_model, save_model
@@ -123,6 +124,7 @@ def _batches(config: RunConfig, store: PinStore, split: Split, tokenizer: Tokeni
             graph,
             config.seed,
             board_damping=config.objective.board_damping,
+            pairs=_pairs(config, store, pins),
             anchors=pins,
         )
     return PinBatches(
@@ -138,6 +140,20 @@ def _batches(config: RunConfig, store: PinStore, split: Split, tokenizer: Tokeni
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
+
+
+def _pairs(config: RunConfig, store: PinStore, pins: np.ndarray) -> NeighborPairs | None:
+    """The mined pairs of training pins, which must have been mined without the pins withheld here."""
+    path = config.objective.pairs
+    if path is None:
+        return None
+    usable = np.zeros(len(store), bool)
+    usable[pins] = True
+    pairs = NeighborPairs.load(path, store.ids, usable)
+    pairs.check_split(path, config.data.cold_fraction, config.data.split_seed)
+    if pairs.dropped and distributed.rank() == 0:
+        print(f"{pairs.dropped:,} pairs of {path} name a pin that is not trained on; left out", flush=True)
+    return pairs
 
 
 def build_model(config: RunConfig, tokenizer: Tokenizer) -> PinCLIP:

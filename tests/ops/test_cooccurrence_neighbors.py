@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from walk_graphs import graph_of, random_adjacency
+from walk_graphs import graph_of, random_adjacency, wide_graph
 
 from pinclip.ops.cooccurrence_neighbors import cooccurrence_neighbors
 from pinclip.ops.random_walk import WalkGraph
@@ -57,6 +57,17 @@ def test_cpp_equals_the_reference_and_a_matrix_product(threads, index, weighted,
         torch.testing.assert_close(weight, row.sort(descending=True).values[:top_k], rtol=1e-6, atol=0)
         ties = weight.diff()[kept[1:]] == 0
         assert (found.diff()[kept[1:]][ties] > 0).all()  # of equal ones the lower first
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_many_pins(index):
+    graph = wide_graph(index=index)
+    starts = torch.cat([torch.arange(0, 140_000, 700), torch.tensor([-1, 139_999])])
+    board_weights, scale = weights_of(2_000, 0), graph.pin_indptr.diff().clamp_min(1).float() ** -0.5
+    found = cooccurrence_neighbors(graph, starts, top_k=25, board_weights=board_weights, pin_scale=scale)
+    want = by_reference(graph, starts, board_weights, scale, 25)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    assert (found[0] > 2**17).any() and ((found[0] >= 0).sum(1) == 25).any()
 
 
 def test_degenerate_graphs():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from walk_graphs import exact_steps, graph_of, random_adjacency
+from walk_graphs import exact_steps, graph_of, random_adjacency, wide_graph
 
 from pinclip.ops.random_walk import WalkGraph, random_walk
 from pinclip.ops.walk_neighbors import walk_neighbors
@@ -61,6 +61,19 @@ def test_cpp_equals_the_reference(threads, walks, length, stop_visits, scaled, w
     assert torch.equal(weights, want_weights)
     assert (neighbors[0] == -1).all() and (neighbors[4] == -1).all()  # start -1, and the isolated pin 3
     assert (neighbors[1] >= 0).any()
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("stop_visits", [0, 3])
+def test_many_pins(index, stop_visits):
+    graph = wide_graph(index=index)
+    starts = torch.cat([torch.arange(0, 140_000, 700), torch.tensor([-1, 139_999])])
+    options = {"walks": 130, "length": 12, "restart": 0.2, "top_k": 40, "stop_visits": stop_visits, "seed": 3}
+    scale = graph.pin_indptr.diff().clamp_min(1).float() ** -0.5
+    found = walk_neighbors(graph, starts, pin_scale=scale, **options)
+    want = by_reference(graph, starts, pin_scale=scale, **options)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    assert (found[0] > 2**17).any() and ((found[0] >= 0).sum(1) == 40).any()
 
 
 def by_hand(visited, home, scale, top_k):

@@ -30,3 +30,13 @@ def exact_steps(adjacency, weights=None):
     choice = adjacency if weights is None else adjacency * torch.as_tensor(weights).double()
     choice = choice / choice.sum(1, keepdim=True)
     return (choice / adjacency.sum(0)) @ adjacency.T
+
+
+def wide_graph(num_pins=140_000, num_boards=2_000, num_edges=60_000, index=torch.int32):
+    """More pins than the miners keep a plain array for (csrc/top_neighbors.h), few of them with boards."""
+    generator = torch.Generator().manual_seed(0)
+    edges = torch.randint(num_pins * num_boards, (num_edges,), generator=generator).unique()
+    pins, boards = edges // num_boards, edges % num_boards
+    by_board = torch.sort(boards, stable=True).indices
+    counts = torch.bincount(pins, minlength=num_pins), torch.bincount(boards, minlength=num_boards)
+    return WalkGraph(offsets(counts[0]), boards.to(index), offsets(counts[1]), pins[by_board].to(index))
