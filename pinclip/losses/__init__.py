@@ -3,8 +3,9 @@
 Usable without DeepSpeed and without a process group. The averaging is stated in `pinclip.distributed`.
 """
 
+from pinclip.losses.clip import ClipLoss, SigLipLoss
 from pinclip.losses.image_text import ImageTextLoss
 from pinclip.losses.neighbor import NeighborLoss
 from pinclip.losses.temperature import Temperature
 
-__all__ = ["ImageTextLoss", "NeighborLoss", "Temperature"]
+__all__ = ["ClipLoss", "ImageTextLoss", "NeighborLoss", "SigLipLoss", "Temperature"]
