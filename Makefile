@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup train test lint format ablation sanitize clean
+.PHONY: campaign bench-cpu help setup train test lint format ablation sanitize clean
 
 help:
 	@sed -n '1,3p' Makefile
@@ -44,8 +44,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-ablation: $(INSTALLED) data/emoji/dataset.json
+data/openclipart/dataset.json: | $(INSTALLED)
+	$(BIN)/pinclip data openclipart --out data/openclipart
+
+# About an hour and a quarter on two cores; runs that have finished are not trained again.
+ablation: $(INSTALLED) data/emoji/dataset.json data/openclipart/dataset.json
 	$(BIN)/pinclip ablation --config configs/quickstart.toml --seeds 3 --out runs/ablation
+	$(BIN)/pinclip ablation --config configs/openclipart.toml --seeds 3 --out runs/ablation-openclipart
 
 # The C++ core under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 sanitize: build/sanitize-address build/sanitize-thread
@@ -58,6 +63,17 @@ build/sanitize-%: tests/csrc/sanitize.cpp $(wildcard csrc/*.cpp csrc/*.h)
 	@mkdir -p build
 	c++ -std=c++17 -O1 -g -pthread -fsanitize=$(SANITIZERS) -Icsrc tests/csrc/sanitize.cpp \
 		$(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) -o $@
+
+# On a GPU machine with Python, torch and triton alone: nothing is installed, nothing is fetched.
+# CAMPAIGN="--quick", or CAMPAIGN="--part 2/12", or CAMPAIGN="--rehearse" where there is no GPU.
+campaign:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) -m bench campaign $(CAMPAIGN)
+
+# A quarter of an hour on two cores that do nothing else.
+bench-cpu: $(INSTALLED)
+	$(BIN)/python -m bench run --cpu --minutes 15 --out results/cpu.json
+	$(BIN)/python -m bench compile --out results/compile.json
+	$(BIN)/python -m bench report
 
 clean:
 	rm -rf build *.egg-info runs

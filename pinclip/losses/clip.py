@@ -1,6 +1,6 @@
 """open_clip's two losses, with its constructors and calls, over the tiled ops: change one import.
 
-    from pinclip.losses import ClipLoss, SigLipLoss  # was: from open_clip import ClipLoss, SigLipLoss
+    from pinclip.losses import ClipLoss, SigLipLoss  # was: from open_clip.loss import ClipLoss, SigLipLoss
 
 Loss and gradients on every rank are open_clip's own; what is never formed is the N × N matrix of logits, and
 in no mode is the whole batch's loss computed on every rank. Batches may be uneven.

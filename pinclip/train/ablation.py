@@ -55,5 +55,6 @@ def _run(config: RunConfig, folder: Path) -> Evaluation:
 
 def _finished(config: RunConfig, folder: Path) -> bool:
     path = folder / "config.json"
-    same = path.is_file() and json.loads(path.read_text()) == config.model_dump(mode="json")
+    # Parsed again, so that a key that is newer than the run counts with its default.
+    same = path.is_file() and RunConfig.parse(json.loads(path.read_text()), str(path)) == config
     return same and (folder / "model").is_dir() and distributed.world_size() == 1
