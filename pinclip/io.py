@@ -74,8 +74,8 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     old one is renamed aside first, and a crash just then leaves it under that name. What a killed process
     left beside `path` is removed by the next one that writes the same path.
     """
-    path = Path(os.path.realpath(path))  # the folder that a link names is replaced, not the link
-    with writing(path):
+    given, path = path, Path(os.path.realpath(path))  # what a link names is replaced, not the link
+    with writing(given):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
         temporary, lock = _locked_temporary(path)

@@ -19,8 +19,7 @@ import pyarrow.compute as pc
 from pinclip import tables
 from pinclip.data.store import Links
 from pinclip.errors import DataError
-
-_HEADERLESS = ("board", "pin", "time")
+from pinclip.graph.edge_source import headerless_names
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ def read_edges(
     starts, edges, headerless = [], 0, False
     for file in files:
         starts.append(edges)
-        names = _headerless_names(file, board_column, pin_column)
+        names = headerless_names(file, board_column, pin_column)
         headerless = names is not None
         if headerless:
-            columns = _HEADERLESS[:2]
+            columns = ("board", "pin")
         else:
             present = tables.column_names(file)
             columns = (
@@ -104,22 +103,6 @@ def read_edges(
         file_starts=np.array(starts),
         headerless=headerless,
     )
-
-
-def _headerless_names(file: Path, board_column: str, pin_column: str) -> Sequence[str] | None:
-    if file.suffix.lower() != ".tsv":
-        return None
-    cells = tables.first_text_line(file).split("\t")
-    if board_column in cells or pin_column in cells:
-        return None
-    if (board_column, pin_column) != _HEADERLESS[:2]:
-        return None  # the user named columns, so a header was meant: `require` says which is missing
-    if len(cells) not in (2, 3):
-        raise DataError(
-            f"{file}: no header with {board_column!r} and {pin_column!r}, and without one it must have the "
-            f"two or three columns board, pin[, time]; its first line has {len(cells)}"
-        )
-    return _HEADERLESS[: len(cells)]
 
 
 def _read_titles(path: str | Path) -> dict[str, str]:
