@@ -23,7 +23,7 @@ from pinclip.errors import DataError
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 _BATCH = 16384
-# One row must fit into a block of the CSV reader.
+# One row must fit into a block of the CSV reader, which reads up to 32 blocks ahead.
 _CSV_BLOCK = 16 << 20
 
 
@@ -93,13 +93,14 @@ def require(path: Path, names: Sequence[str], wanted: str, option: str = "") -> 
 
 
 def read(
-    path: Path, columns: Sequence[str], names: Sequence[str] | None = None
+    path: Path, columns: Sequence[str], names: Sequence[str] | None = None, csv_block: int | None = None
 ) -> Iterator[tuple[int, dict[str, pa.Array]]]:
     """Yield (number of the first row, {column: values}) for batch after batch of the table.
 
     names: the columns' names of a CSV or TSV file without a header line.
+    csv_block: bytes that are read of one at a time (default 16 MB); no row may be longer.
     Raises `DataError` naming the file, and the row or line where there is one, for a file that cannot be
-    read to its end. Memory: a batch.
+    read to its end. Memory: a batch; of CSV and TSV 32 blocks.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -107,7 +108,7 @@ def read(
     elif suffix == ".jsonl":
         batches = _read_jsonl(path, columns)
     else:
-        batches = _read_csv(path, columns, names)
+        batches = _read_csv(path, columns, names, csv_block or _CSV_BLOCK)
     row = 1
     for batch in batches:
         yield row, dict(zip(columns, batch, strict=True))
@@ -168,7 +169,12 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[list[pa.Array]
     file = _open_parquet(path)
     with _reading(path):
         for batch in file.iter_batches(batch_size=_BATCH, columns=list(columns)):
-            yield [batch.column(name) for name in columns]
+            yield [_decoded(batch.column(name)) for name in columns]
+
+
+def _decoded(values: pa.Array) -> pa.Array:
+    """Out of a dictionary, here where an index beyond it, from a damaged file, is an error of that file."""
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
 def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[list[pa.Array]]:
@@ -214,7 +220,9 @@ def _expect_object(record: object, path: Path, row: int) -> dict:
     return record
 
 
-def _read_csv(path: Path, columns: Sequence[str], names: Sequence[str] | None) -> Iterator[list[pa.Array]]:
+def _read_csv(
+    path: Path, columns: Sequence[str], names: Sequence[str] | None, block: int
+) -> Iterator[list[pa.Array]]:
     tabs = path.suffix.lower() == ".tsv"
     parse = pyarrow.csv.ParseOptions(
         delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
@@ -225,7 +233,7 @@ def _read_csv(path: Path, columns: Sequence[str], names: Sequence[str] | None) -
         strings_can_be_null=False,
     )
     options = pyarrow.csv.ReadOptions(
-        column_names=list(names) if names else None, block_size=_CSV_BLOCK, use_threads=False
+        column_names=list(names) if names else None, block_size=block, use_threads=False
     )
     try:
         with pyarrow.csv.open_csv(path, options, parse, convert) as reader:
@@ -257,7 +265,8 @@ class _reading:
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError | pa.ArrowException):
+        # Arrow decodes the names of the columns in a damaged file as if they were text.
+        if isinstance(error, OSError | pa.ArrowException | UnicodeDecodeError):
             raise DataError(f"{self.path}: cannot be read ({_line(error)})") from None
 
 

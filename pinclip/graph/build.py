@@ -36,13 +36,13 @@ from pinclip.graph.external import DiskArray, DiskTexts, ordered_map
 from pinclip.graph.folder import SPLIT_FORMAT, SPLIT_KINDS, STATS_FORMAT
 from pinclip.graph.ingest import Ingested, Work, ingest
 from pinclip.graph.pruning import Pruning, Side, prune
-from pinclip.io import atomic_directory
+from pinclip.io import atomic_directory, writing
 
 # Edges, and ids, that are written together.
 _CHUNK, _ID_CHUNK = 1 << 18, 1 << 18
 
-# (numbers of pins, of boards, late) of some edges -> which are withheld, or None where none can be.
-_Held = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]
+# (numbers of pins, of boards, late) of some edges -> which of them are withheld.
+_Held = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def build_graph(
     since:   rows before this are dropped.
     pruning: which boards and pins are left out; None for boards of a single pin.
     holdout: which edges are withheld; None for none.
-    memory:  bound on the memory of the whole process, in bytes. Of it 40 bytes a pin and a board are needed,
-             beside the interpreter and its libraries (about 250 MB).
+    memory:  bound on the memory of a process that does nothing else, in bytes. Needed are 44 bytes a pin and
+             a board, 200 MB for the interpreter and its libraries, and 2 MB a thread.
     threads: None for as many as there are cores.
 
     Temporary files, in the folder of `out`: at most 40 bytes a row with integer ids, 8 bytes and the text of
@@ -114,35 +114,27 @@ def build_graph(
         work = Work(folder / "work", memory, threads or len(os.sched_getaffinity(0)), progress)
         work.folder.mkdir()
         found = ingest(edges, since, holdout.since if holdout.kind == "time" else None, work)
-        dropped = prune(found.pins, found.boards, pruning, _CHUNK)
-        if not found.pins.alive.any() or not found.boards.alive.any():
-            raise DataError(f"no edge is left after pruning ({_listed(dropped)})")
+        stats = {"format": STATS_FORMAT, "input": found.counts}
+        stats["pruned"] = prune(found.pins, found.boards, pruning, _CHUNK)
         held = _write_ids(found, folder, holdout)
         graph, withheld = _write_sides(found, folder, held, work)
         if graph.num_edges == 0:
+            everything = withheld is not None and withheld.num_edges
             left = (
-                "is left after pruning"
-                if withheld.num_edges == 0
-                else "is left to train on: all are withheld"
+                "to train on: all are withheld"
+                if everything
+                else f"after pruning ({_listed(stats['pruned'])})"
             )
-            raise DataError(f"no edge {left} ({_listed(dropped)})")
+            raise DataError(f"no edge is left {left}")
+        del found, held  # they are as long as there are pins and boards
         shutil.rmtree(work.folder)
-        splits.check_no_edge_leak(graph, withheld)
-        stats = {
-            "format": STATS_FORMAT,
-            "input": found.counts,
-            "pruned": dropped,
-            "training": statistics.describe(graph),
-            "withheld": {
-                "edges": withheld.num_edges,
-                "pins": int(np.count_nonzero(withheld.pin_degrees)),
-                "boards": int(np.count_nonzero(withheld.board_sizes)),
-            },
-            "bytes": _bytes_on_disk(folder, graph.num_edges),
-        }
-        statistics.plot(graph, folder / "degrees.png")
-        if withheld.num_edges == 0:
+        stats["withheld"] = _proven(graph, withheld)
+        if withheld is not None and withheld.num_edges == 0:
             shutil.rmtree(folder / "withheld")
+        del withheld
+        stats["training"] = statistics.describe(graph)
+        stats["bytes"] = _bytes_on_disk(folder, graph.num_edges)
+        statistics.plot(graph, folder / "degrees.png")
         _write_json(folder / "stats.json", stats)
         _write_json(folder / "split.json", holdout.record(stats["withheld"]))
     return stats
@@ -151,15 +143,26 @@ def build_graph(
 def check_output(out: str | os.PathLike) -> None:
     """A graph may be replaced; somebody's folder or file may not: that is a DataError."""
     out = Path(out)
-    for path in (out, *out.absolute().parents):
-        if path.exists() and not path.is_dir():
-            raise DataError(f"cannot write {out}: {path} is a file, not a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "graph.json").is_file():
-        raise DataError(f"{out}: the folder exists, is not empty and is no graph; choose another output")
+    with writing(out):
+        for path in (out, *out.absolute().parents):
+            if path.exists() and not path.is_dir():
+                raise DataError(f"cannot write {out}: {path} is a file, not a folder")
+        if out.is_dir() and any(out.iterdir()) and not (out / "graph.json").is_file():
+            raise DataError(f"{out}: the folder exists, is not empty and is no graph; choose another output")
 
 
-def _write_ids(found: Ingested, folder: Path, holdout: Holdout) -> _Held:
-    """Write the tables of ids that are left; returns which edges are withheld, by the ids' hashes."""
+def _proven(graph: BoardGraph, withheld: BoardGraph | None) -> dict[str, int]:
+    """Prove that no withheld edge is a training edge; returns what is withheld, counted."""
+    if withheld is None:
+        return {"edges": 0, "pins": 0, "boards": 0}
+    splits.check_no_edge_leak(graph, withheld)
+    sides = (("pins", withheld.pin_indptr), ("boards", withheld.board_indptr))
+    counts = {name: int(np.count_nonzero(indptr[1:] > indptr[:-1])) for name, indptr in sides}
+    return {"edges": withheld.num_edges, **counts}
+
+
+def _write_ids(found: Ingested, folder: Path, holdout: Holdout) -> _Held | None:
+    """Write the tables of ids that are left; returns which edges are withheld, None if none are."""
     seed = holdout.seed if holdout.kind in ("pins", "edges") else None
     sides = (("pin", found.pin_ids, found.pins), ("board", found.board_ids, found.boards))
     hashes = []
@@ -174,7 +177,7 @@ def _write_ids(found: Ingested, folder: Path, holdout: Holdout) -> _Held:
         return lambda pins, boards, late: splits.below(
             splits.edge_hashes(pin_hashes[pins], board_hashes[boards]), holdout.fraction
         )
-    return lambda pins, boards, late: late if holdout.kind == "time" else None
+    return None if holdout.kind == "none" else lambda pins, boards, late: late
 
 
 def _write_table(
@@ -196,37 +199,43 @@ def _write_table(
     return hashes
 
 
-def _write_sides(found: Ingested, folder: Path, held: _Held, work: Work) -> list[BoardGraph]:
+def _write_sides(
+    found: Ingested, folder: Path, held: _Held | None, work: Work
+) -> tuple[BoardGraph, BoardGraph | None]:
     """Write the training and the withheld edges; both graphs are returned with their lists left on disk."""
-    folders = (folder, folder / "withheld")
-    folders[1].mkdir()
+    folders = [folder]
+    if held is not None:
+        folders.append(folder / "withheld")
+        folders[1].mkdir()
     numbers = [_renumbered(side.alive) for side in (found.pins, found.boards)]
     dtype = index_dtype(*(int(np.count_nonzero(side.alive)) for side in (found.pins, found.boards)))
-    arrays: list[dict] = [{}, {}]
+    arrays: list[dict] = [{} for _ in folders]
+    of_board = None if held is None else lambda boards, pins, late: held(pins, boards, late)
     for names, side, others, is_held in (
-        (("board_indptr", "board_pins"), found.boards, numbers[0], lambda b, p, late: held(p, b, late)),
+        (("board_indptr", "board_pins"), found.boards, numbers[0], of_board),
         (("pin_indptr", "pin_boards"), found.pins, numbers[1], held),
     ):
         lists = [DiskArray(where / f"{names[1]}.npy", dtype) for where in folders]
-        for graph, where, counts in zip(arrays, folders, _write_lists(side, others, is_held, lists, work)):
-            indptr = indptr_of(counts[side.alive])
-            file = DiskArray(where / f"{names[0]}.npy", np.int64)
-            file.append(indptr)
-            file.finish().close()
-            graph[names[0]] = indptr
-        for graph, values in zip(arrays, lists):
+        counts = _write_lists(side, others, is_held, lists, work)
+        for graph, where, values in zip(arrays, folders, lists):
+            graph[names[0]] = indptr_of(counts.pop(0)[side.alive])
             graph[names[1]] = values.finish()
+            file = DiskArray(where / f"{names[0]}.npy", np.int64)
+            file.append(graph[names[0]])
+            file.finish().close()
         side.lists.remove()
     graphs = [BoardGraph(**graph) for graph in arrays]
     for where, graph in zip(folders, graphs):
         write_info(where, graph.num_pins, graph.num_boards, graph.num_edges)
-    return graphs
+    return graphs[0], graphs[1] if held is not None else None
 
 
-def _write_lists(side: Side, numbers: np.ndarray, is_held: _Held, lists: list[DiskArray], work: Work) -> list:
+def _write_lists(
+    side: Side, numbers: np.ndarray, is_held: _Held | None, lists: list[DiskArray], work: Work
+) -> list[np.ndarray]:
     """Append the edges of `side` that stay to the training and the withheld lists, in the new numbers.
 
-    Returns how many each of its rows has in either: int64 [R], twice.
+    Returns how many each of its rows has in either: int64 [R] for each of `lists`.
     """
     counts = [np.zeros(len(side.alive), np.int64) for _ in lists]
 
@@ -235,21 +244,20 @@ def _write_lists(side: Side, numbers: np.ndarray, is_held: _Held, lists: list[Di
         columns, late = side.columns(*span)
         new = numbers[columns]
         keep = (new >= 0) & side.alive[rows]
-        marked = is_held(rows, columns, late)
-        masks = (keep, None) if marked is None else (keep & ~marked, keep & marked)
-        rows -= (first := int(rows[0]))
-        length = int(rows[-1]) + 1
-        parts = [
-            None if mask is None else (new[mask], np.bincount(rows[mask], minlength=length)) for mask in masks
-        ]
-        return slice(first, first + length), parts, len(rows)
+        masks = [keep]
+        if is_held is not None:
+            marked = is_held(rows, columns, late)
+            masks = [keep & ~marked, keep & marked]
+        first, last = int(rows[0]), int(rows[-1])
+        rows -= first
+        parts = [(new[mask], np.bincount(rows[mask], minlength=last - first + 1)) for mask in masks]
+        return slice(first, last + 1), parts, len(rows)
 
     with work.bar("write", len(side.lists)) as bar:
         for where, parts, done in ordered_map(divide, edge_chunks(side.indptr, _CHUNK), work.threads):
-            for part, values, sums in zip(parts, lists, counts):
-                if part is not None:
-                    values.append(part[0])
-                    sums[where] += part[1]
+            for (columns, sums), values, total in zip(parts, lists, counts):
+                values.append(columns)
+                total[where] += sums
             bar.update(done)
     return counts
 

@@ -22,6 +22,8 @@ from pinclip.errors import DataError
 
 _HEADERLESS = ("board", "pin", "time")
 _ARRAY_BATCH = 1 << 16
+# A row of edges is short, and the reader of CSV holds many blocks.
+_CSV_BLOCK = 1 << 20
 _MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "day": 86_400_000_000}
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -72,7 +74,7 @@ class EdgeTables:
 
         Raises DataError naming the file, and the row where there is one, for an unreadable file, a missing
         column, a missing or negative id, ids of two types, and a time that cannot be compared with a bound.
-        Memory: a batch of the reader.
+        Memory: a batch of the reader, of CSV and TSV 32 MB.
         """
         files = list(dict.fromkeys(file for path in self.paths for file in _find(path)))
         wanted = (self.board_column, self.pin_column, *((self.time_column,) if bounds else ()))
@@ -89,7 +91,7 @@ class EdgeTables:
                 for column, option in zip(wanted, options):
                     tables.require(file, present, column, option)
             # A column may serve twice, say as board and as time.
-            for row, batch in tables.read(file, list(dict.fromkeys(columns)), names):
+            for row, batch in tables.read(file, list(dict.fromkeys(columns)), names, _CSV_BLOCK):
                 boards, pins = (_ids(batch[column], file, row, column) for column in columns[:2])
                 kinds.check("board", boards.type, file)
                 kinds.check("pin", pins.type, file)
@@ -182,8 +184,6 @@ def _ids(values: pa.Array, file: Path, first_row: int, column: str) -> pa.Array:
 
 def _not_before(times: pa.Array, bound: Moment, file: Path, first_row: int, column: str) -> np.ndarray:
     """time >= bound of every row: bool."""
-    if pa.types.is_dictionary(times.type):
-        times = times.dictionary_decode()
     if times.null_count:
         missing = times.is_null().index(True).as_py()
         raise DataError(f"{file} row {first_row + missing}: no {column!r}")

@@ -155,11 +155,14 @@ class Runs:
         align: turns a value at which two ranges would be parted into the one at which they are.
         """
         starts = self._ends[:-1]
-        for cut in self._cuts(rows, align):
-            stops = [self._place(run, cut) for run in range(len(self._samples))]
-            yield [slice(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
+        for cut in (*self._cuts(rows, align), None):
+            stops = self._ends[1:]
+            if cut is not None:
+                stops = [self._place(run, cut) for run in range(len(self._samples))]
+            slices = [slice(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
+            if slices:
+                yield slices
             starts = stops
-        yield [slice(a, b) for a, b in zip(starts, self._ends[1:], strict=True) if a < b]
 
     def read(self, slices: Sequence[slice]) -> Values:
         """The values of the slices, end to end."""
@@ -205,7 +208,7 @@ def number(
         return slices, *factorize(runs.read(slices))
 
     base = 0
-    for slices, distinct, codes in ordered_map(merge, filter(None, runs.ranges(rows)), threads):
+    for slices, distinct, codes in ordered_map(merge, runs.ranges(rows), threads):
         ids.append(distinct)
         codes = codes.astype(ranks.dtype)
         codes += base

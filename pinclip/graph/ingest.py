@@ -9,11 +9,10 @@ the pins. There is no table of all ids or all edges in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -32,35 +31,31 @@ from pinclip.graph.external import (
 )
 from pinclip.graph.pruning import Side
 
-# Memory a pin and a board take at most, in all steps of a build.
-ID_BYTES = 40
+# Memory a pin and a board take at most, in all steps of a build (43 measured, of withheld edges).
+ID_BYTES = 44
 # Memory a row takes while it is in a buffer, beside its text, and how many times the text is held.
 _ROW_BYTES, _TEXT_COPIES = 96, 5
 # Larger buffers only miss the cache more; smaller ones make too many runs.
-_MAX_ROWS, _MIN_BUFFER = 1 << 22, 2 << 20
-# What is loaded or warmed up on the way, as Arrow's readers and matplotlib.
-_LIBRARIES = 112 << 20
+_MAX_ROWS, _MIN_BUFFER = 1 << 21, 2 << 20
+# The interpreter, NumPy, Arrow and its readers, matplotlib: what a process has that does nothing else.
+_LIBRARIES = 200 << 20
 
 
 @dataclass(frozen=True)
 class Work:
-    """Where and with what a build works: its temporary folder, bound on memory, threads.
-
-    base: the memory that the process had at first.
-    """
+    """Where and with what a build works: its temporary folder, bound on memory, threads."""
 
     folder: Path
     memory: int
     threads: int
     progress: bool
-    base: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
 
     def buffer(self, ids: int = 0) -> int:
         """The bytes that each of the buffers may take at this point, beside `ids` pins and boards.
 
         Raises DataError where `memory` is too little.
         """
-        fixed = self.base + _LIBRARIES + ID_BYTES * ids
+        fixed = _LIBRARIES + ID_BYTES * ids
         # One for each thread, one waiting to be written, one being filled.
         buffers = self.threads + 2
         buffer = (self.memory - fixed) // buffers
@@ -190,12 +185,12 @@ def _read(
 def _buffers(batches: Iterator[tuple], work: Work) -> Iterator[list[tuple]]:
     """Batches, as many as fit a buffer at a time."""
     room, buffer, size, rows = work.buffer(), [], 0, 0
-    for batch in (piece for batch in batches for piece in _pieces(batch, room)):
-        if buffer and (size + _weight(batch) > room or rows + len(batch[0]) > _MAX_ROWS):
+    for piece in (piece for batch in batches for piece in _pieces(batch, room)):
+        if buffer and (size + _weight(piece) > room or rows + len(piece[0]) > _MAX_ROWS):
             yield buffer
             buffer, size, rows = [], 0, 0
-        buffer.append(batch)
-        size, rows = size + _weight(batch), rows + len(batch[0])
+        buffer.append(piece)
+        size, rows = size + _weight(piece), rows + len(piece[0])
     if buffer:
         yield buffer
 
@@ -279,11 +274,9 @@ def _merge(runs: Runs, count: int, low: int, high: int, turned: Runs | None, wor
         total = sum(where.stop - where.start for where in slices)
         return total, columns.astype(lists.dtype), rows[first].astype(np.int64), lengths, turned_keys
 
-    ranges = runs.ranges(work.rows(ids), align=lambda key: key & ~1)
+    ranges = runs.ranges(work.rows(ids), align=lambda key: key)
     with work.bar("lists of pins" if turned is None else "lists of boards", len(runs)) as bar:
-        for total, columns, rows, lengths, turned_keys in ordered_map(
-            merge, filter(None, ranges), work.threads
-        ):
+        for total, columns, rows, lengths, turned_keys in ordered_map(merge, ranges, work.threads):
             lists.append(columns)
             counts[rows] += lengths
             if turned is not None:

@@ -109,14 +109,15 @@ def plot(graph: BoardGraph, path: str | os.PathLike) -> None:
         ("boards", "pins of a board", np.diff(graph.board_indptr), "#d62728"),
     )
     for axes, (kind, label, counts, color) in zip(figure.subplots(1, 2), sides, strict=True):
-        counts = counts[counts > 0]
-        values, number = np.unique(counts, return_counts=True)
+        number = np.bincount(counts)[1:]
+        values = np.flatnonzero(number) + 1
+        number = number[values - 1]
         axes.loglog(
             values, number, ".", color=color, alpha=0.35, markersize=4, label=f"{kind} with exactly x"
         )
         at_least = np.cumsum(number[::-1])[::-1]
         axes.loglog(values, at_least, color=color, linewidth=1.5, label=f"{kind} with x or more")
-        axes.set(xlabel=label, ylabel=kind, title=f"{len(counts):,} {kind} with an edge")
+        axes.set(xlabel=label, ylabel=kind, title=f"{number.sum():,} {kind} with an edge")
         axes.grid(True, which="major", alpha=0.3)
         axes.legend(frameon=False)
     with open(path, "wb") as file:

@@ -2,14 +2,24 @@
 
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pinclip.errors import DataError
-from pinclip.graph.board_graph import BoardGraph, _sorted_pairs
+from pinclip.graph import board_graph
+from pinclip.graph.board_graph import BoardGraph, _sorted_pairs, edge_chunks, edge_rows, indptr_of
+
+
+@pytest.fixture(params=[2, None], ids=["small chunks", "one chunk"])
+def chunk(request, monkeypatch):
+    """What goes through all edges does so in chunks; these graphs would all fit one."""
+    if request.param:
+        monkeypatch.setattr(board_graph, "_CHUNK", request.param)
+    return request.param
 
 
 @st.composite
@@ -59,9 +69,22 @@ def test_from_edges_equals_a_set(case):
     assert graph.pin_boards.dtype == graph.board_pins.dtype == np.int32
 
 
-@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 9))
+def test_chunks_cover_every_edge_once(counts, size):
+    indptr = indptr_of(np.array(counts, np.int64))
+    rows = np.repeat(np.arange(len(counts)), counts)
+    chunks = list(edge_chunks(indptr, size))
+    assert [at for start, stop in chunks for at in range(start, stop)] == list(range(len(rows)))
+    for start, stop in chunks:
+        assert 0 < stop - start <= size
+        found = edge_rows(indptr, start, stop)
+        assert found.tolist() == rows[start:stop].tolist()
+        assert found[-1] - found[0] < size
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edge_lists(), st.data())
-def test_without_pins_equals_filtering_the_edges(case, data):
+def test_without_pins_equals_filtering_the_edges(chunk, case, data):
     num_pins, num_boards, edges = case
     gone = data.draw(st.lists(st.integers(0, num_pins - 1)))
     want = build(num_pins, num_boards, [(p, b) for p, b in edges if p not in gone])
@@ -210,7 +233,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 @pytest.mark.parametrize("mmap", [True, False])
-def test_load_refuses_a_damaged_folder(tmp_path, name, mmap):
+def test_load_refuses_a_damaged_folder(tmp_path, name, mmap, chunk):
     damage, message = DAMAGES[name]
     build(4, 3, [(0, 0), (0, 1), (1, 0), (1, 2), (3, 0), (3, 1), (3, 2)]).save(tmp_path / "g")
     BoardGraph.load(tmp_path / "g", mmap)
@@ -247,3 +270,16 @@ def test_a_missing_or_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
         build(1, 1, [(0, 0)]).save(tmp_path / "file" / "deep" / "g")
+
+
+def test_loading_takes_little_memory_beside_the_graph(tmp_path):
+    """The checks go through the edges in chunks: a hundred times the edges do not take a hundred times."""
+    rng = np.random.default_rng(0)
+    graph = BoardGraph.from_edges(*rng.integers(0, 20_000, (2, 2_000_000)), 20_000, 20_000)
+    graph.save(tmp_path / "g")
+    for work in (lambda: BoardGraph.load(tmp_path / "g"), lambda: graph.without_pins(np.arange(20_000))):
+        tracemalloc.start()
+        work()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8e6  # 16 MB were the lists of one direction as int64

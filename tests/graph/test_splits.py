@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinclip.errors import DataError
+from pinclip.graph import board_graph
 from pinclip.graph.board_graph import BoardGraph
-from pinclip.graph.splits import Split, check_no_leak, cold_split
+from pinclip.graph.splits import (
+    Split,
+    below,
+    check_edge_sides,
+    check_no_edge_leak,
+    check_no_leak,
+    cold_split,
+    edge_hashes,
+    id_hashes,
+    is_withheld,
+)
 
 IDS = [f"pin-{number}" for number in range(200)]
 
@@ -132,3 +143,86 @@ def test_from_dict_refuses_what_is_no_record():
     for record in ([], None, {"format": 1}):
         with pytest.raises(DataError):
             Split.from_dict(record, IDS)
+
+
+@given(st.lists(st.text(max_size=5) | st.integers(0, 2**63)), st.floats(0, 1), st.integers(0, 2**63))
+def test_hashes_decide_as_is_withheld(ids, fraction, seed):
+    hashes = id_hashes(ids, seed)
+    assert hashes.dtype == np.uint64
+    assert below(hashes, fraction).tolist() == [is_withheld(str(id_), fraction, seed) for id_ in ids]
+
+
+def test_below_at_the_ends():
+    hashes = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+    assert below(hashes, 0.0).tolist() == [False] * 5
+    assert below(hashes, 1.0).tolist() == [True] * 5
+    assert below(hashes, 0.5).tolist() == [True, True, True, False, False]
+    assert below(hashes, 2.0**-64).tolist() == [True, False, False, False, False]
+
+
+def test_edge_hashes_are_even_and_tell_the_ends_apart():
+    pins, boards = id_hashes(range(300), 1), id_hashes(range(300), 1)
+    table = edge_hashes(np.repeat(pins, 300), np.tile(boards, 300)).reshape(300, 300)
+    assert len(np.unique(table)) == 90_000
+    # Six standard deviations, along each pin, each board, and over all.
+    withheld = below(table.ravel(), 0.3).reshape(300, 300)
+    assert abs(withheld.mean() - 0.3) < 6 * (0.21 / 90_000) ** 0.5
+    for sums in (withheld.mean(0), withheld.mean(1)):
+        assert np.abs(sums - 0.3).max() < 6 * (0.21 / 300) ** 0.5
+    assert (table != table.T).sum() == 90_000 - 300
+
+
+@st.composite
+def two_graphs(draw):
+    """Training and withheld edges of the same pins and boards, which may share some."""
+    num_pins, num_boards = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    edge = st.tuples(st.integers(0, num_pins - 1), st.integers(0, num_boards - 1))
+    return num_pins, num_boards, draw(st.sets(edge, max_size=20)), draw(st.sets(edge, max_size=20))
+
+
+def graph_of(num_pins, num_boards, edges):
+    pins, boards = zip(*edges) if edges else ((), ())
+    return BoardGraph.from_edges(pins, boards, num_pins, num_boards)
+
+
+@settings(max_examples=200, deadline=None)
+@given(two_graphs(), st.integers(1, 9))
+def test_check_no_edge_leak_finds_shared_edges(case, chunk):
+    num_pins, num_boards, kept, held = case
+    training, withheld = (graph_of(num_pins, num_boards, edges) for edges in (kept, held))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board_graph, "_CHUNK", chunk)
+        if not kept & held:
+            check_no_edge_leak(training, withheld)
+            return
+        pin, board = min(kept & held)
+        with pytest.raises(
+            DataError, match=f"the withheld edge of pin {pin} and board {board} is a training"
+        ):
+            check_no_edge_leak(training, withheld)
+        # The same, where only the other direction holds it.
+        clean = graph_of(num_pins, num_boards, kept - held)
+        half = dataclasses.replace(clean, board_indptr=training.board_indptr, board_pins=training.board_pins)
+        board, pin = min((board, pin) for pin, board in kept & held)
+        with pytest.raises(
+            DataError, match=f"the withheld edge of pin {pin} and board {board} is a training"
+        ):
+            check_no_edge_leak(half, withheld)
+
+
+def test_check_no_edge_leak_refuses_other_numbers():
+    with pytest.raises(DataError, match="different pins or boards"):
+        check_no_edge_leak(graph_of(2, 2, {(0, 0)}), graph_of(2, 3, {(0, 1)}))
+
+
+def test_check_edge_sides():
+    rng = np.random.default_rng(0)
+    edges = {(int(pin), int(board)) for pin, board in rng.integers(0, 30, (300, 2))}
+    hashes = id_hashes(range(30), 4)
+    held = {(p, b) for p, b in edges if below(edge_hashes(hashes[p : p + 1], hashes[b : b + 1]), 0.3)[0]}
+    training, withheld = graph_of(30, 30, edges - held), graph_of(30, 30, held)
+    check_edge_sides(training, withheld, hashes, hashes, 0.3)
+    moved = min(held)
+    for kept, gone, side in ((edges - held | {moved}, held, "training"), (edges - held, edges, "withheld")):
+        with pytest.raises(DataError, match=f"by its hash the {side} edge of pin"):
+            check_edge_sides(graph_of(30, 30, kept), graph_of(30, 30, gone), hashes, hashes, 0.3)

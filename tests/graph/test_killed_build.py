@@ -1,0 +1,99 @@
+"""A build that is killed, at any point, leaves the old graph or the new one, and nothing once it is run again."""
+
+import subprocess
+import sys
+
+import pytest
+
+# One process builds again and again in forks of itself; each is killed at one of the points where the
+# interpreter asks the system for something (an audit event: open, mkdir, rename, rmdir, ...), or at some time.
+SCRIPT = """
+import os, random, signal, sys, time
+from pathlib import Path
+import numpy as np, pyarrow as pa
+from pinclip import io
+from pinclip.graph import build, statistics
+from pinclip.graph.build import Holdout, build_graph
+from pinclip.graph.edge_source import EdgeArrays
+from pinclip.graph.folder import GraphFolder
+
+root, way = Path(sys.argv[1]), sys.argv[2]
+out = root / "g"
+rng = random.Random(0)
+statistics.plot = lambda graph, path: path.write_bytes(b"plot")
+if way == "rename aside":
+    io._exchange = lambda one, other: False
+EDGES = [np.random.default_rng(seed).integers(0, 50, (2, 900)) for seed in (0, 1)]
+
+def make(which):
+    pins, boards = EDGES[which]
+    source = EdgeArrays("arrays", pa.array(pins), pa.array(boards))
+    build_graph(source, out, holdout=Holdout("edges", 0.3, which), threads=2, progress=False)
+
+def fork(which, hook, delay=None):
+    child = os.fork()
+    if child == 0:
+        sys.addaudithook(hook)
+        if delay is not None:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, delay)
+        make(which)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+def killing(at):
+    count = [0]
+    def hook(event, arguments):
+        if event.startswith(("open", "os.", "shutil.", "ctypes.")):
+            count[0] += 1  # before the kill, which is an event itself
+            if count[0] == at + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return hook
+
+def standing():
+    graph = GraphFolder.open(out)
+    graph.check_split()
+    return graph.split["seed"]
+
+events = [0]
+read, write = os.pipe()
+def count(event, arguments):
+    if event.startswith(("open", "os.", "shutil.", "ctypes.")):
+        events[0] += 1
+        os.write(write, b".")
+make(1)
+assert fork(0, count) == 0
+total = len(os.read(read, 1 << 20))
+now, old, new, lost = standing(), 0, 0, 0
+# The places are changed in the last of the events; every one of them, and some of those before.
+points = [*rng.sample(range(total), 25), *range(total - 60, total)]
+for point in [*points, *(None,) * 15]:
+    if point is None:
+        status = fork(1 - now, lambda *_: None, delay=rng.uniform(0.001, 0.15))
+    else:
+        status = fork(1 - now, killing(point))
+    assert status == signal.SIGKILL or (status == 0 and point is None), status
+    if way == "rename aside" and not out.exists():
+        lost += 1
+        assert len(list(root.glob(".g.writing-*.old"))) == 1
+        make(now)
+    after = standing()
+    old, new = old + (after == now), new + (after != now)
+    now = after
+make(1 - now)
+assert standing() == 1 - now
+assert os.listdir(root) == ["g"], os.listdir(root)
+print(total, old, new, lost)
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "rename aside"])
+def test_a_killed_build(tmp_path, way):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), way], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    total, old, new, lost = map(int, done.stdout.split())
+    assert total > 80
+    assert old > 40
+    assert new > 5
+    # Between its two renames the fallback leaves the old graph aside; the exchange never does.
+    assert lost == (1 if way == "rename aside" else 0)
