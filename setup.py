@@ -47,7 +47,7 @@ class BuildExtension(build_ext):
 
 
 def _static_runtime(nvcc):
-    """libcudart_static.a of nvcc's own toolkit, so that nothing of CUDA has to be found when we are imported."""
+    """libcudart_static.a of nvcc's own toolkit, so that nothing of CUDA has to be found at import."""
     dry = subprocess.run([nvcc, "--dryrun", CUDA_SOURCES[0]], check=True, capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
     for place in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):

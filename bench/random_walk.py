@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from pinclip.graph.board_graph import BoardGraph
-from pinclip.graph.mine import Mining, NeighborMiner
+from pinclip.graph.mine import NeighborMiner
+from pinclip.graph.mining import Mining
 from pinclip.graph.neighbors import walk_graph
 from pinclip.ops.random_walk import WalkGraph, random_walk
 from pinclip.reference.random_walk import random_walk as reference

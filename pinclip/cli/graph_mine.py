@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pinclip.errors import ConfigError
 from pinclip.graph.folder import GraphFolder
-from pinclip.graph.mine import METHODS, Mining, NeighborMiner, mine_pairs, threads
+from pinclip.graph.mining import METHODS, Mining
 from pinclip.graph.pairs import NeighborPairs
 from pinclip.io import write_text
 
@@ -70,6 +70,8 @@ def _mining(arguments: argparse.Namespace) -> Mining:
 
 
 def _mine(arguments: argparse.Namespace) -> None:
+    from pinclip.graph.mine import mine_pairs, threads
+
     mining = _mining(arguments)
     folder = GraphFolder.open(arguments.folder)
     with threads(arguments.threads):
@@ -82,6 +84,8 @@ def _mine(arguments: argparse.Namespace) -> None:
 
 
 def _neighbors(arguments: argparse.Namespace) -> None:
+    from pinclip.graph.mine import NeighborMiner, threads
+
     mining = _mining(arguments)
     folder = GraphFolder.open(arguments.folder)
     if bool(arguments.pin) == bool(arguments.random):

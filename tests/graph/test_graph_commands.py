@@ -439,7 +439,7 @@ sys.exit(main(["graph", "build", "e.parquet", "--out", "g"]))
     for size in (1_000, 30_000, 200_000):
         done = run(code, size)
         assert done.returncode == 2, done.stderr
-        assert done.stderr.splitlines()[-1] == f"error: cannot write {here / 'g'}: file too large"
+        assert done.stderr.splitlines()[-1] == "error: cannot write g: file too large"
         assert os.listdir() == ["e.parquet"]
 
 

@@ -1,4 +1,4 @@
-"""A build that is killed, at any point, leaves the old graph or the new one, and nothing once it is run again."""
+"""A build that is killed, at any point, leaves the old graph or the new one; the next run cleans up."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 # One process builds again and again in forks of itself; each is killed at one of the points where the
-# interpreter asks the system for something (an audit event: open, mkdir, rename, rmdir, ...), or at some time.
+# interpreter asks the system for something (an audit event: open, mkdir, rename, ...), or at some time.
 SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path

@@ -13,7 +13,8 @@ from pinclip.errors import ConfigError, DataError
 from pinclip.graph import mine
 from pinclip.graph.board_graph import BoardGraph
 from pinclip.graph.folder import GraphFolder
-from pinclip.graph.mine import Mining, NeighborMiner, capped, mine_pairs
+from pinclip.graph.mine import NeighborMiner, capped, mine_pairs
+from pinclip.graph.mining import Mining
 from pinclip.graph.pairs import NeighborPairs
 
 SPLIT = {"format": 1, "kind": "none", "counts": {"edges": 0, "pins": 0}}

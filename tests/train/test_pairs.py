@@ -7,7 +7,8 @@ import pytest
 from pinclip.data.importer import open_dataset
 from pinclip.errors import DataError
 from pinclip.graph.folder import GraphFolder
-from pinclip.graph.mine import Mining, mine_pairs
+from pinclip.graph.mine import mine_pairs
+from pinclip.graph.mining import Mining
 from pinclip.graph.splits import cold_split
 from pinclip.train.run import prepare
 
