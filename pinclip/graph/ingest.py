@@ -274,7 +274,7 @@ def _merge(runs: Runs, count: int, low: int, high: int, turned: Runs | None, wor
         total = sum(where.stop - where.start for where in slices)
         return total, columns.astype(lists.dtype), rows[first].astype(np.int64), lengths, turned_keys
 
-    ranges = runs.ranges(work.rows(ids), align=lambda key: key)
+    ranges = runs.ranges(work.rows(ids), align=lambda key: key & ~1)
     with work.bar("lists of pins" if turned is None else "lists of boards", len(runs)) as bar:
         for total, columns, rows, lengths, turned_keys in ordered_map(merge, ranges, work.threads):
             lists.append(columns)
