@@ -149,3 +149,17 @@ class PairGradients:
         dx = self.dx.mul_(factor).to(dtype) if self.need_x else factor.new_empty(0, dtype=dtype)
         dy = self.dy.mul_(factor).to(dtype) if self.need_y else factor.new_empty(0, dtype=dtype)
         return dx, dy, dscale
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether a pair loss of x runs the Triton kernels: on a GPU from sm_80 on, but not in fp64."""
+    return x.is_cuda and x.dtype != torch.float64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def triton_problem(x: Tensor, y: Tensor, masks: PairMasks, offset: int | None):
+    """The problem as the kernels of `pinclip_kernels.triton` take it."""
+    from pinclip_kernels.triton._pair_tile import Listed, PairProblem
+
+    ids = None if masks.row_ids is None else (masks.row_ids, masks.col_ids)
+    known = None if masks.known_rows is None else Listed(masks.known_rows, masks.known_cols)
+    return PairProblem(x, y, Listed(masks.pos_rows, masks.pos_cols), offset, ids, known)

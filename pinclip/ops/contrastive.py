@@ -10,7 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pinclip.ops._pair_tiles import PairGradients, PairMasks, PairTiles, Tile
+from pinclip.ops._checks import without_autocast
+from pinclip.ops._pair_tiles import (
+    PairGradients,
+    PairMasks,
+    PairTiles,
+    Tile,
+    runs_triton,
+    triton_problem,
+)
 from pinclip.ops.pairs import Pairs, check_pair_arguments, coefficients, prefixes, scalar
 from pinclip.reference.pairs import compute_dtype
 
@@ -49,8 +57,11 @@ def contrastive_loss(
     Args: x [M, D], y [N, D], fp32, bf16, fp16 or fp64, one device; scale 0-d tensor or float, > 0.
     Returns a scalar, fp32 (fp64 for fp64), with gradients for x, y and scale. Computed and accumulated in
     fp32 (fp64); deterministic. No collectives.
-    Extra memory beyond inputs and gradients: three tiles of 1024×1024, O(M + N + K) vectors, and fp32 copies
-    of x and y where they are not fp32; never M×N.
+    Extra memory beyond inputs and gradients, never M×N: three tiles of 1024×1024, O(M + N + K) vectors, and
+    fp32 copies of x and y where they are not fp32. On a GPU (Triton from sm_80 on, not in fp64) everything is
+    multiplied in the dtype of x and summed in fp32, and a chunk of R <= 8192 rows, R·N·itemsize <= 0.75 GiB,
+    takes G [R, N] in that dtype, with lists of pairs a bit per pair, R·N/8 bytes of partial sums, 4·N·D bytes
+    of sums of dY and at most 36·R·D of dX.
     Raises ValueError, naming the argument and its value.
 
     Source: InfoNCE, van den Oord et al., arXiv 1807.03748; in the symmetric form CLIP, Radford et al.,
@@ -85,6 +96,7 @@ def contrastive_loss(
         *pairs.known(),
         pairs.log_q_cols,
         pairs.log_q_rows,
+        pairs.offset if pairs.indptr is None else None,
     )
     scale = scalar(scale, x, dtype)
     losses = [_contrastive(x_d, y_d, scale, *constants)[0] for x_d, y_d in prefixes(x, y, dims)]
@@ -108,16 +120,19 @@ def _contrastive(
     known_cols: Tensor | None,
     log_q_cols: Tensor | None,
     log_q_rows: Tensor | None,
+    offset: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, row peak [M], row total [M], column peak [N], column total [N]).
 
-    Peak is the greatest logit of a row or column in log 2 units, total the sum of 2^(logit - peak).
+    Peak is about the greatest logit of a row or column in log 2 units, total the sum of 2^(logit - peak).
     *_entry [K] and *_segment [M] / [N] are `Coefficients`; None for a direction that is not asked for, whose
-    peak and total are then empty.
+    peak and total are then empty. offset: that of diagonal positives, None for listed ones.
     """
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
     sides = _sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, scale.dtype)
-    return _tiled_forward(x, y, scale, masks, sides)
+    forward = _triton_statistics if runs_triton(x) else _tiled_statistics
+    s_K, statistics = forward(x, y, scale, masks, offset, sides)
+    return _loss(s_K, statistics, masks, sides), *(part for side in statistics for part in side)
 
 
 @torch.library.custom_op("pinclip::contrastive_backward", mutates_args=())
@@ -142,6 +157,7 @@ def _contrastive_backward(
     known_cols: Tensor | None,
     log_q_cols: Tensor | None,
     log_q_rows: Tensor | None,
+    offset: int | None,
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +165,8 @@ def _contrastive_backward(
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
     sides = _sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, scale.dtype)
     statistics = (row_peak, row_total), (col_peak, col_total)
-    return _tiled_backward(grad, statistics, x, y, scale, masks, sides, (need_x, need_y))
+    backward = _triton_backward if runs_triton(x) else _tiled_backward
+    return backward(grad, statistics, x, y, scale, masks, offset, sides, (need_x, need_y))
 
 
 @_contrastive.register_fake
@@ -171,7 +188,8 @@ def _(grad, row_peak, row_total, col_peak, col_total, x, y, scale, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *inputs)
+    *tensors, ctx.offset = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
 
 
 def _backward(ctx, grad, *_):
@@ -179,7 +197,7 @@ def _backward(ctx, grad, *_):
     unread = (None,) * (len(ctx.needs_input_grad) - 3)
     if grad is None or not (need_x or need_y or need_scale):
         return (None, None, None, *unread)
-    dx, dy, dscale = _contrastive_backward(grad, *ctx.saved_tensors, need_x, need_y)
+    dx, dy, dscale = _contrastive_backward(grad, *ctx.saved_tensors, ctx.offset, need_x, need_y)
     return (dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *unread)
 
 
@@ -258,8 +276,8 @@ def _tiles(x, y, scale, masks: PairMasks) -> PairTiles:
     return PairTiles(x.to(scale.dtype), y.to(scale.dtype), scale_log2, None, masks)
 
 
-def _tiled_forward(x, y, scale, masks: PairMasks, sides):
-    """Loss, and peak and total per segment, from one pass over S."""
+def _tiled_statistics(x, y, scale, masks: PairMasks, offset, sides):
+    """Logits of the listed positives, and (peak, total) of both sides, from one pass over S."""
     tiles = _tiles(x, y, scale, masks)
     scratch = tiles.buffer()
     sums = [None if side is None else _OnlineLogSumExp(side, scratch) for side in sides]
@@ -269,22 +287,24 @@ def _tiled_forward(x, y, scale, masks: PairMasks, sides):
         for each in sums:
             if each is not None:
                 each.add(tile)
+    nothing = s_K.new_empty(0), s_K.new_empty(0)
+    return s_K, [nothing if each is None else (each.peak, each.total) for each in sums]
 
-    loss, statistics = tiles.x.new_zeros(()), []
-    for side, each in zip(sides, sums):
+
+def _loss(s_K, statistics, masks: PairMasks, sides) -> Tensor:
+    loss = s_K.new_zeros(())
+    for side, (peak, total) in zip(sides, statistics):
         if side is None:
-            statistics += [s_K.new_empty(0), s_K.new_empty(0)]
             continue
-        statistics += [each.peak, each.total]
         segment_K, candidate_K = (masks.pos_rows, masks.pos_cols)[:: 1 if side.dim == 1 else -1]
         target_K = s_K if side.log_q is None else s_K - side.log_q[candidate_K]
-        loss_K = (each.shift[segment_K] - target_K + each.total.log2()[segment_K]) * side.entry_K
+        loss_K = (_finite(peak)[segment_K] - target_K + total.log2()[segment_K]) * side.entry_K
         # A dropped row may stand against a removed column: 0 · inf.
         loss += torch.where(side.entry_K == 0, 0.0, loss_K).sum() / _LOG2_E
-    return loss, *statistics
+    return loss
 
 
-def _tiled_backward(grad, statistics, x, y, scale, masks: PairMasks, sides, need):
+def _tiled_backward(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need):
     """Gradients from a second pass over S: G = dL/dS of one tile at a time, dX += G·Y, dY += Gᵀ·X."""
     tiles = _tiles(x, y, scale, masks)
     sums = PairGradients(tiles, *need)
@@ -311,3 +331,31 @@ class _Probabilities:
         work = PairTiles.view(self.scratch, tile.s_RC)
         shift, factor = (self.side.of_segments(v, tile).unsqueeze(dim) for v in (self.shift, self.factor))
         return torch.sub(self.side.logits(tile, work), shift, out=work).exp2_().mul_(factor)
+
+
+@without_autocast
+def _triton_statistics(x, y, scale, masks: PairMasks, offset, sides):
+    """`_tiled_statistics` on a GPU."""
+    from pinclip_kernels.triton import contrastive as kernels
+
+    with torch.cuda.device_of(x):
+        problem = triton_problem(x, y, masks, offset)
+        found = kernels.statistics(problem, kernels.in_log2(scale), *_directions(sides))
+    return found.listed_K, (found[1:3], found[3:])
+
+
+@without_autocast
+def _triton_backward(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need):
+    """`_tiled_backward` on a GPU."""
+    from pinclip_kernels.triton import contrastive as kernels
+
+    found = (part for side in statistics for part in side)
+    with torch.cuda.device_of(x):
+        problem = triton_problem(x, y, masks, offset)
+        return kernels.gradients(problem, scale, grad, *found, *_directions(sides), *need)
+
+
+def _directions(sides):
+    from pinclip_kernels.triton.contrastive import Direction
+
+    return [None if side is None else Direction(side.segment, side.entry_K, side.log_q) for side in sides]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pinclip.ops._pair_tiles import PairGradients, PairMasks, PairTiles
+from pinclip.ops._checks import without_autocast
+from pinclip.ops._pair_tiles import PairGradients, PairMasks, PairTiles, runs_triton, triton_problem
 from pinclip.ops.pairs import Pairs, check_pair_arguments, check_scalar, coefficients, prefixes, scalar
 from pinclip.reference.pairs import compute_dtype
 
@@ -42,8 +43,8 @@ def sigmoid_loss(
     Returns a scalar, fp32 (fp64 for fp64), with gradients for x, y, scale and bias. Computed and accumulated
     in fp32 (fp64); deterministic. No collectives. The loss needs no normaliser over j, so its gradients are
     formed in the same pass over S as its value.
-    Extra memory beyond inputs and gradients: two tiles of 1024×1024, O(M + N + K) vectors, and fp32 copies of
-    x and y where they are not fp32; never M×N.
+    Extra memory beyond inputs and gradients, never M×N: two tiles of 1024×1024, O(M + N + K) vectors, and
+    fp32 copies of x and y where they are not fp32. On a GPU as `contrastive_loss`.
     Raises ValueError, naming the argument and its value.
 
     Source: SigLIP, Zhai et al., arXiv 2303.15343; Matryoshka, Kusupati et al., arXiv 2205.13147.
@@ -72,6 +73,7 @@ def sigmoid_loss(
         *ids,
         *pairs.known(),
         pairs.log_q_cols,
+        pairs.offset if pairs.indptr is None else None,
     )
     scale, bias = scalar(scale, x, dtype), scalar(bias, x, dtype)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale, bias))
@@ -97,16 +99,19 @@ def _sigmoid(
     known_rows: Tensor | None,
     known_cols: Tensor | None,
     log_q_cols: Tensor | None,
+    offset: int | None,
     need_grad: bool,
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of x, y, scale, bias for a unit gradient of the loss); empty where not needed.
 
-    entry [K], segment [M] are `Coefficients`.
+    entry [K], segment [M] are `Coefficients`; offset: that of diagonal positives, None for listed ones.
     """
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
     need = (need_x, need_y) if need_grad else None
+    if runs_triton(x):
+        return _triton(x, y, scale, bias, masks, offset, entry, segment, log_q_cols, need)
     return _tiled(x, y, scale, bias, masks, entry, segment, log_q_cols, need)
 
 
@@ -183,3 +188,14 @@ def _tiled(x, y, scale, bias, masks: PairMasks, entry, segment, log_q_cols, need
 def _softplus(s: Tensor) -> Tensor:
     """log(1 + e^s); above 40 it is s to the last bit of fp64."""
     return F.softplus(s, threshold=40)
+
+
+@without_autocast
+def _triton(x, y, scale, bias, masks: PairMasks, offset, entry, segment, log_q_cols, need):
+    """`_tiled` on a GPU."""
+    from pinclip_kernels.triton import sigmoid as kernels
+
+    log_q = None if log_q_cols is None else log_q_cols.to(scale.dtype)
+    with torch.cuda.device_of(x):
+        problem = triton_problem(x, y, masks, offset)
+        return kernels.value_and_gradients(problem, scale, bias, segment, entry, log_q, need)
