@@ -214,6 +214,26 @@ def test_integers_and_their_text_are_withheld_alike(tmp_path):
         assert abs(len(found[0]) / 3000 - 0.2) < 6 * (0.2 * 0.8 / (300 if kind == "pins" else 3000)) ** 0.5
 
 
+def test_dropped_rows_and_late_edges_together(tmp_path, small_buffers):
+    """Rows before 3 are dropped; edges none of whose other rows is before 6 are withheld."""
+    small_buffers(4)
+    rng = random.Random(1)
+    rows = [(f"p{rng.randrange(9)}", f"b{rng.randrange(6)}", rng.randrange(10)) for _ in range(200)]
+    write_table(tmp_path / "e.csv", rows, (False, False))
+    holdout, pruning = Holdout("time", since=Moment("6")), Pruning(min_board=0)
+    build_graph(
+        EdgeTables([tmp_path / "e.csv"]),
+        tmp_path / "g",
+        since=Moment("3"),
+        pruning=pruning,
+        holdout=holdout,
+        progress=False,
+    )
+    graph = assert_equals_plain(tmp_path / "g", rows, 3, pruning, holdout)
+    assert graph.withheld.num_edges > 3
+    assert graph.graph.num_edges > 30
+
+
 def degenerate(tmp_path, pins, boards, **options):
     source = EdgeArrays("arrays", pa.array(pins), pa.array(boards))
     stats = build_graph(source, tmp_path / "g", progress=False, **options)
@@ -266,9 +286,14 @@ def test_keys_beyond_64_bits_are_refused(tmp_path, monkeypatch):
         degenerate(tmp_path, [1, 2], [3, 3])
 
 
+def test_widths():
+    assert [ingest._bits(count) for count in (1, 2, 3, 4, 5, 2**31, 2**31 + 1)] == [1, 1, 2, 2, 3, 31, 32]
+    # 31 bits of a number and the bit of its age fill 32.
+    assert (ingest._list_type(31), ingest._list_type(32)) == (np.uint32, np.uint64)
+
+
 @pytest.mark.parametrize("bits", [8, 31])
 def test_lists_of_either_width(tmp_path, monkeypatch, bits):
-    """31 bits of a number and the bit of its age fill 32; one more needs 64."""
     monkeypatch.setattr(ingest, "_bits", lambda count: bits)
     narrow, _ = degenerate(tmp_path, [1, 2, 2, 3], [3, 3, 4, 4])
     monkeypatch.setattr(ingest, "_list_type", lambda bits: np.uint64)
