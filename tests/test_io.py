@@ -59,7 +59,10 @@ def test_the_folder_that_a_link_names_is_replaced(tmp_path):
 def test_what_a_killed_writer_left_is_removed(tmp_path):
     for name in (".g.writing-abc", ".g.writing-abd.old", ".g.other", ".h.writing-abc"):
         write(tmp_path / name, "left")
-    write(tmp_path / "g", "new")
+    write(tmp_path / "g", "old")
+    write(tmp_path / ".g.writing-abc", "left")
+    with atomic_directory(tmp_path / "g"):
+        assert not (tmp_path / ".g.writing-abc").exists()  # before anything new takes its place on the disk
     assert sorted(os.listdir(tmp_path)) == [".g.other", ".h.writing-abc", "g"]
 
 

@@ -286,6 +286,35 @@ def test_keys_beyond_64_bits_are_refused(tmp_path, monkeypatch):
         degenerate(tmp_path, [1, 2], [3, 3])
 
 
+def test_buffers_hold_what_they_may(monkeypatch, tmp_path):
+    work = ingest.Work(tmp_path, memory=300_000_000, threads=2, progress=False)
+    room, text = work.buffer(), pa.array(["0123456789"] * 400_000, pa.large_string())
+    cases = [(np.zeros(4_000_000, np.int64),) * 2, (text, text), (text, np.zeros(400_000, np.int64))]
+    for batch in cases:
+        batches = [
+            (*(ids[start : start + 7_000] for ids in batch), None) for start in range(0, len(batch[0]), 7_000)
+        ]
+        for parts in (batches, [(*batch, None)]):
+            weights = [sum(map(ingest._weight, buffer)) for buffer in ingest._buffers(iter(parts), work)]
+            assert max(weights) <= room
+            assert len(weights) < 2.2 * sum(weights) / room + 1  # and not much less
+            assert sum(weights) == ingest._weight((*batch, None))
+    monkeypatch.setattr(ingest, "_MAX_ROWS", 9_000)
+    buffers = list(ingest._buffers(iter(batches), work))
+    assert max(sum(len(piece[0]) for piece in buffer) for buffer in buffers) <= 9_000
+
+
+def test_a_leak_would_stop_the_build(tmp_path, monkeypatch):
+    def leak(training, withheld):
+        assert training.num_edges + withheld.num_edges == 4
+        raise DataError("leak")
+
+    monkeypatch.setattr(splits, "check_no_edge_leak", leak)
+    with pytest.raises(DataError, match="leak"):
+        degenerate(tmp_path, [1, 2, 2, 3], [3, 3, 4, 4], holdout=Holdout("edges", 0.5, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_widths():
     assert [ingest._bits(count) for count in (1, 2, 3, 4, 5, 2**31, 2**31 + 1)] == [1, 1, 2, 2, 3, 31, 32]
     # 31 bits of a number and the bit of its age fill 32.

@@ -210,6 +210,17 @@ def test_check_no_edge_leak_finds_shared_edges(case, chunk):
             check_no_edge_leak(half, withheld)
 
 
+def test_a_shared_edge_behind_many_others_is_found(monkeypatch):
+    """Between two training edges that are looked at together lie more withheld edges than these."""
+    monkeypatch.setattr(board_graph, "_CHUNK", 2)
+    training, clean = graph_of(1, 9, {(0, 0), (0, 8)}), graph_of(1, 9, {(0, 0)})
+    withheld = graph_of(1, 9, {(0, board) for board in range(1, 9)})
+    half = dataclasses.replace(clean, pin_indptr=training.pin_indptr, pin_boards=training.pin_boards)
+    for graph in (training, half):
+        with pytest.raises(DataError, match="pin 0 and board 8 is a training edge"):
+            check_no_edge_leak(graph, withheld)
+
+
 def test_check_no_edge_leak_refuses_other_numbers():
     with pytest.raises(DataError, match="different pins or boards"):
         check_no_edge_leak(graph_of(2, 2, {(0, 0)}), graph_of(2, 3, {(0, 1)}))
