@@ -87,11 +87,14 @@ def prune(pins: Side, boards: Side, pruning: Pruning, chunk: int) -> dict[str, i
 def _remove(side: Side, rows: np.ndarray, counts: np.ndarray, chunk: int) -> np.ndarray:
     """Leave out `rows` of `side` and count their edges down on the other side; returns whom they touched."""
     side.alive[rows] = False
-    touched = np.empty(0, np.int64)
+    # Many edges are taken to touch everybody; so a round costs what it removes, and memory is bounded.
+    few = 8 * np.sum(side.indptr[rows + 1] - side.indptr[rows]) < len(counts)
+    touched = [np.empty(0, np.int64)]
     for columns in _edges_of(side, rows, chunk):
         np.subtract.at(counts, columns, 1)
-        touched = np.union1d(touched, columns)
-    return touched
+        if few:
+            touched.append(columns)
+    return np.unique(np.concatenate(touched)) if few else np.arange(len(counts))
 
 
 def _too_few(touched: np.ndarray, alive: np.ndarray, counts: np.ndarray, least: int) -> np.ndarray:

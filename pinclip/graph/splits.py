@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -124,7 +125,10 @@ def id_hashes(ids: Iterable[str | int], seed: int) -> np.ndarray:
         hash_.update(_raw(str(id_)))
         return hash_.digest()
 
-    return np.frombuffer(b"".join(map(digest, ids)), "<u8").astype(np.uint64)
+    digests, parts = map(digest, ids), []
+    while some := b"".join(islice(digests, 1 << 16)):  # so that few of them are objects at a time
+        parts.append(np.frombuffer(some, "<u8"))
+    return np.concatenate([np.empty(0, np.uint64), *parts])
 
 
 def edge_hashes(pin_hashes: np.ndarray, board_hashes: np.ndarray) -> np.ndarray:

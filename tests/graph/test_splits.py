@@ -152,6 +152,13 @@ def test_hashes_decide_as_is_withheld(ids, fraction, seed):
     assert below(hashes, fraction).tolist() == [is_withheld(str(id_), fraction, seed) for id_ in ids]
 
 
+def test_many_ids_are_hashed_as_one_by_one():
+    many = id_hashes(range(70_000), 1)
+    assert len(many) == 70_000
+    for id_ in (0, 65_535, 65_536, 69_999):
+        assert many[id_] == id_hashes([id_], 1)[0]
+
+
 def test_below_at_the_ends():
     hashes = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
     assert below(hashes, 0.0).tolist() == [False] * 5
