@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -101,6 +102,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` to `path` as UTF-8, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """What the JSON file `path` holds; a DataError that names the file where it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
 
 
 def sync_tree(folder: Path) -> None:

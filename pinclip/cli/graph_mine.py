@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import html
-import io
 import sys
 from pathlib import Path
 
@@ -172,11 +170,9 @@ class _Sheet:
         row = self._row.get(str(self._ids[int(pin)].as_py()))
         if row is None or not self._store.has_image[row]:
             return None
-        image = self._store.image(row).convert("RGB")
-        image.thumbnail((96, 96))
-        buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=75)
-        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+        from pinclip.retrieval.sheets import data_uri
+
+        return data_uri(self._store.image(row), 96, 75)
 
 
 def _texts(ids: pa.Array) -> list[str]:

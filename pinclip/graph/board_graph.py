@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pinclip.errors import DataError
-from pinclip.io import atomic_directory
+from pinclip.io import atomic_directory, read_json
 
 _FORMAT = 1
 # Edges looked at together by what goes through all of them: their temporaries stay in a core's cache.
@@ -274,12 +274,7 @@ def indptr_of(counts: np.ndarray) -> np.ndarray:
 
 
 def _read_info(path: Path) -> dict:
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+    info = read_json(path)
     if not isinstance(info, dict) or info.get("format") != _FORMAT:
         raise DataError(f"{path}: not a graph of format {_FORMAT}")
     for key in ("pins", "boards", "edges"):

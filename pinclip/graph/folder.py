@@ -13,7 +13,6 @@ The folder is written aside and renamed into place, and never changed afterwards
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from pinclip import tables
 from pinclip.errors import DataError
 from pinclip.graph import splits
 from pinclip.graph.board_graph import BoardGraph
+from pinclip.io import read_json
 
 SPLIT_FORMAT = STATS_FORMAT = 1
 SPLIT_KINDS = ("none", "pins", "edges", "time")
@@ -89,7 +89,7 @@ class GraphFolder:
     def stats(self) -> dict:
         """The record of stats.json."""
         path = self.path / "stats.json"
-        stats = _read_json(path)
+        stats = _read_record(path)
         if stats.get("format") != STATS_FORMAT or not isinstance(stats.get("training"), dict):
             raise DataError(f"{path}: not statistics of format {STATS_FORMAT}")
         return stats
@@ -197,20 +197,15 @@ def _each(ids: pa.Array) -> Iterator[str | int]:
         yield from ids.slice(start, _NEAR).to_pylist()
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+def _read_record(path: Path) -> dict:
+    record = read_json(path)
     if not isinstance(record, dict):
         raise DataError(f"{path}: not a record")
     return record
 
 
 def _read_split(path: Path) -> dict:
-    split = _read_json(path)
+    split = _read_record(path)
     kind, counts = split.get("kind"), split.get("counts")
     if split.get("format") != SPLIT_FORMAT:
         raise DataError(f"{path}: not a split of format {SPLIT_FORMAT}")

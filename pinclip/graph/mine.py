@@ -20,11 +20,12 @@ from scipy import sparse
 from tqdm import tqdm
 
 from pinclip.errors import ConfigError, DataError
-from pinclip.graph.board_graph import BoardGraph
+from pinclip.graph.board_graph import BoardGraph, indptr_of
 from pinclip.graph.folder import GraphFolder
 from pinclip.graph.mining import Mining
 from pinclip.graph.neighbors import walk_graph
 from pinclip.graph.pairs import PAIRS_FORMAT
+from pinclip.graph.splits import mixed
 from pinclip.io import atomic_file
 from pinclip.ops.cooccurrence_neighbors import cooccurrence_neighbors
 from pinclip.ops.walk_neighbors import walk_neighbors
@@ -166,7 +167,7 @@ def capped(graph: BoardGraph, cap: int, seed: int) -> BoardGraph:
         keep[begin:end] = False
         keep[begin + np.lexsort((graph.board_pins[begin:end], hashes))[:cap]] = True
     sizes = np.minimum(graph.board_sizes, cap)
-    board_indptr = np.concatenate(([0], np.cumsum(sizes)))
+    board_indptr = indptr_of(sizes)
     board_pins = graph.board_pins[keep]
     ones = np.ones(len(board_pins), np.int8)
     shape = (graph.num_boards, graph.num_pins)
@@ -180,10 +181,7 @@ def _mix(*parts: np.ndarray | np.uint64) -> np.ndarray:
     state = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
-            state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state ^= state >> np.uint64(31)
+            state = mixed((state ^ part) + np.uint64(0x9E3779B97F4A7C15))
     return state
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from pinclip.graph.board_graph import BoardGraph
+from pinclip.graph.board_graph import BoardGraph, indptr_of
 from pinclip.graph.pairs import NeighborPairs
 from pinclip.ops.random_walk import WalkGraph, board_alias, random_walk
 
@@ -233,7 +233,7 @@ def _rows_of(indptr: np.ndarray, items: np.ndarray, rows: np.ndarray) -> tuple[n
     slots = np.flatnonzero(rows >= 0)
     counts = np.zeros(len(rows), np.int64)
     counts[slots] = indptr[rows[slots] + 1] - indptr[rows[slots]]
-    begin = np.concatenate(([0], np.cumsum(counts)))
+    begin = indptr_of(counts)
     offset = np.repeat(indptr[rows[slots]] - begin[slots], counts[slots])
     return begin, items[offset + np.arange(begin[-1])]
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pinclip import tables
 from pinclip.errors import DataError
+from pinclip.graph.board_graph import indptr_of
 
 PAIRS_FORMAT = 1
 
@@ -82,7 +83,7 @@ class NeighborPairs:
         if len(twice):
             first, second = ids[pins[twice[0]]], ids[neighbors[twice[0]]]
             raise DataError(f"{path}: the pair {first!r}, {second!r} is there twice")
-        indptr = np.concatenate(([0], np.cumsum(np.bincount(pins, minlength=len(ids)))))
+        indptr = indptr_of(np.bincount(pins, minlength=len(ids)))
         return cls(indptr, neighbors, weights, record, dropped)
 
     def check_split(self, path: str, fraction: float, seed: int) -> None:

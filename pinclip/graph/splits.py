@@ -136,7 +136,7 @@ def edge_hashes(pin_hashes: np.ndarray, board_hashes: np.ndarray) -> np.ndarray:
 
     Two rounds of the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), one for each end.
     """
-    return _mixed(_mixed(pin_hashes + np.uint64(0x9E3779B97F4A7C15)) ^ board_hashes)
+    return mixed(mixed(pin_hashes + np.uint64(0x9E3779B97F4A7C15)) ^ board_hashes)
 
 
 def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
@@ -265,7 +265,8 @@ def _raw(name: str) -> bytes:
     return name.encode("utf-8", "surrogatepass")
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def mixed(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every bit of the result depends on every bit of the value, uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

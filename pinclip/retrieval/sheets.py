@@ -145,7 +145,7 @@ def thumbnails(
     small = {pin: _fit(image, _SIZES[0][0]) for pin in times if (image := picture(pin)) is not None}
     uris: dict[int, str] = {}
     for size, quality in _SIZES:
-        uris = {pin: _data_uri(_fit(image, size), quality) for pin, image in small.items()}
+        uris = {pin: data_uri(image, size, quality) for pin, image in small.items()}
         if sum(len(uri) * times[pin] for pin, uri in uris.items()) <= budget:
             break
     return uris
@@ -162,7 +162,8 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.contain(image, (size, size), Image.Resampling.LANCZOS)
 
 
-def _data_uri(image: Image.Image, quality: int) -> str:
+def data_uri(image: Image.Image, size: int, quality: int) -> str:
+    """The image, at most `size` pixels wide and high, as a data URI (WebP)."""
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=quality, method=4)
+    _fit(image, size).save(buffer, "WEBP", quality=quality, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

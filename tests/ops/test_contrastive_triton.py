@@ -1,7 +1,7 @@
 import pytest
 import torch
 from pair_cases import assert_close, cast, csr, embeddings, leaves, pair_kinds, value_and_grads
-from triton_cases import assert_as_exact, assert_within_budget, interpret, needs_gpu, use_kernels
+from triton_cases import assert_as_exact, assert_within_budget, interpret, use_kernels
 
 import pinclip.ops.contrastive as op
 from pinclip.ops.contrastive import contrastive_loss
@@ -215,7 +215,7 @@ def test_cases_cover_the_launch_table():
 
 
 class TestGpu:
-    pytestmark = needs_gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.fixture(autouse=True)
     def exact_products(self):

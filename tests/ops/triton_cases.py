@@ -13,10 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import torch
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 # Bytes that one program may take of an SM's shared memory.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
