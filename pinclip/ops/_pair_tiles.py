@@ -17,7 +17,10 @@ TILE = (1024, 1024)
 
 
 class PairMasks(NamedTuple):
-    """Coordinates of the listed positives; ids of rows and columns; coordinates of known pairs. All int64."""
+    """Coordinates of the listed positives; ids of rows and columns; coordinates of known pairs. All int64.
+
+    The coordinates (-1, -1) are a pair that is not there.
+    """
 
     pos_rows: Tensor
     pos_cols: Tensor
@@ -25,6 +28,20 @@ class PairMasks(NamedTuple):
     col_ids: Tensor | None
     known_rows: Tensor | None
     known_cols: Tensor | None
+
+    def of_columns(self, first: int, last: int) -> "PairMasks":
+        """The masks of the columns first … last - 1 alone, counted from 0. No synchronisation."""
+        positives = _in_columns(self.pos_rows, self.pos_cols, first, last)
+        col_ids = None if self.col_ids is None else self.col_ids[first:last]
+        known = None, None
+        if self.known_rows is not None:
+            known = _in_columns(self.known_rows, self.known_cols, first, last)
+        return PairMasks(*positives, self.row_ids, col_ids, *known)
+
+
+def _in_columns(rows: Tensor, cols: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    inside = (cols >= first) & (cols < last)
+    return torch.where(inside, rows, -1), torch.where(inside, cols - first, -1)
 
 
 class Tile(NamedTuple):
@@ -104,14 +121,15 @@ class PairTiles:
 
 
 class _Bucketed:
-    """Coordinates sorted by the tile they fall into. One read of the bounds by the host."""
+    """Coordinates sorted by the tile they fall into; those not there behind all tiles. One read of the bounds
+    by the host."""
 
     def __init__(self, rows: Tensor, cols: Tensor, shape: tuple[int, int], m: int, n: int) -> None:
         tile_m, tile_n = shape
         across = -(-n // tile_n)
-        number = rows // tile_m * across + cols // tile_n
-        number, self.order = torch.sort(number, stable=True)
         tiles = -(-m // tile_m) * across
+        number = torch.where(rows < 0, tiles, rows // tile_m * across + cols // tile_n)
+        number, self.order = torch.sort(number, stable=True)
         self.bounds = torch.searchsorted(number, torch.arange(tiles + 1, device=rows.device)).tolist()
         width = (n - cols // tile_n * tile_n).clamp_max(tile_n)  # the last tile of a row block is narrower
         self.flat = (rows % tile_m * width + cols % tile_n)[self.order]

@@ -129,10 +129,9 @@ def _contrastive(
     peak and total are then empty. offset: that of diagonal positives, None for listed ones.
     """
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
-    sides = _sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, scale.dtype)
-    forward = _triton_statistics if runs_triton(x) else _tiled_statistics
-    s_K, statistics = forward(x, y, scale, masks, offset, sides)
-    return _loss(s_K, statistics, masks, sides), *(part for side in statistics for part in side)
+    of = sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, scale.dtype)
+    s_K, statistics = softmax_statistics(x, y, scale, masks, offset, of)
+    return softmax_loss(s_K, statistics, masks, of), *(part for side in statistics for part in side)
 
 
 @torch.library.custom_op("pinclip::contrastive_backward", mutates_args=())
@@ -163,10 +162,9 @@ def _contrastive_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y (empty where not needed) and scale."""
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
-    sides = _sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, scale.dtype)
+    of = sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, scale.dtype)
     statistics = (row_peak, row_total), (col_peak, col_total)
-    backward = _triton_backward if runs_triton(x) else _tiled_backward
-    return backward(grad, statistics, x, y, scale, masks, offset, sides, (need_x, need_y))
+    return softmax_gradients(grad, statistics, x, y, scale, masks, offset, of, (need_x, need_y))
 
 
 @_contrastive.register_fake
@@ -204,7 +202,10 @@ def _backward(ctx, grad, *_):
 _contrastive.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Side(NamedTuple):
+# The loss in parts, without autograd, for a caller that has the columns a shard at a time -------------------
+
+
+class Side(NamedTuple):
     """The rows (dim 1 is reduced) or the columns (dim 0) of S as softmax segments; log_q in log 2 units."""
 
     dim: int
@@ -224,15 +225,54 @@ class _Side(NamedTuple):
         return torch.sub(tile.s_RC, log_q.unsqueeze(1 - self.dim), out=out)
 
 
-def _sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, dtype):
+def sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, dtype):
     """(rows, columns), None for a direction that is not asked for."""
 
     def side(dim, entry, segment, log_q):
         if entry is None:
             return None
-        return _Side(dim, entry, segment, None if log_q is None else log_q.to(dtype) * _LOG2_E)
+        return Side(dim, entry, segment, None if log_q is None else log_q.to(dtype) * _LOG2_E)
 
     return side(1, row_entry, row_segment, log_q_cols), side(0, col_entry, col_segment, log_q_rows)
+
+
+def softmax_statistics(x, y, scale, masks: PairMasks, offset, sides):
+    """Logits of the listed positives [K], and (peak, total) of both sides: two vectors each, empty for a side
+    that is None. Log-sum-exp is peak + log2(total), in units of log 2. Statistics of a row over several
+    shards of columns merge by `merge_statistics`."""
+    forward = _triton_statistics if runs_triton(x) else _tiled_statistics
+    return forward(x, y, scale, masks, offset, sides)
+
+
+def merge_statistics(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(peak, total) of the union of two parts of the same segments."""
+    peak = torch.maximum(one[0], other[0])
+    shift = _finite(peak)
+    return peak, one[1] * torch.exp2(one[0] - shift) + other[1] * torch.exp2(other[0] - shift)
+
+
+def softmax_loss(s_K, statistics, masks: PairMasks, sides) -> Tensor:
+    """The loss, from the logits of the listed positives and the statistics of the sides that are not None."""
+    loss = s_K.new_zeros(())
+    for side, (peak, total) in zip(sides, statistics):
+        if side is None:
+            continue
+        segment_K, candidate_K = (masks.pos_rows, masks.pos_cols)[:: 1 if side.dim == 1 else -1]
+        target_K = s_K if side.log_q is None else s_K - side.log_q[candidate_K]
+        loss_K = (_finite(peak)[segment_K] - target_K + total.log2()[segment_K]) * side.entry_K
+        # A dropped row may stand against a removed column: 0 · inf.
+        loss += torch.where(side.entry_K == 0, 0.0, loss_K).sum() / _LOG2_E
+    return loss
+
+
+def softmax_gradients(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need):
+    """Gradients of x, y (empty where not needed) and scale, from a second pass over S. `statistics` are those
+    over all columns (rows), so the gradient of x over several shards of columns is the sum of theirs."""
+    backward = _triton_backward if runs_triton(x) else _tiled_backward
+    return backward(grad, statistics, x, y, scale, masks, offset, sides, need)
+
+
+# The same by tiles in plain torch --------------------------------------------------------------------------
 
 
 class _OnlineLogSumExp:
@@ -242,7 +282,7 @@ class _OnlineLogSumExp:
     probabilities of a segment at once, ten times that of plain torch in the gradient of scale.
     """
 
-    def __init__(self, side: _Side, scratch: Tensor) -> None:
+    def __init__(self, side: Side, scratch: Tensor) -> None:
         self.side, self.scratch = side, scratch
         self.peak = torch.full_like(side.segment, -torch.inf)
         self.total = torch.zeros_like(side.segment)
@@ -281,7 +321,7 @@ def _tiled_statistics(x, y, scale, masks: PairMasks, offset, sides):
     tiles = _tiles(x, y, scale, masks)
     scratch = tiles.buffer()
     sums = [None if side is None else _OnlineLogSumExp(side, scratch) for side in sides]
-    s_K = tiles.x.new_empty(len(masks.pos_rows))
+    s_K = tiles.x.new_zeros(len(masks.pos_rows))
     for tile in tiles:
         s_K[tile.entries] = tile.s_RC.view(-1)[tile.at]
         for each in sums:
@@ -289,19 +329,6 @@ def _tiled_statistics(x, y, scale, masks: PairMasks, offset, sides):
                 each.add(tile)
     nothing = s_K.new_empty(0), s_K.new_empty(0)
     return s_K, [nothing if each is None else (each.peak, each.total) for each in sums]
-
-
-def _loss(s_K, statistics, masks: PairMasks, sides) -> Tensor:
-    loss = s_K.new_zeros(())
-    for side, (peak, total) in zip(sides, statistics):
-        if side is None:
-            continue
-        segment_K, candidate_K = (masks.pos_rows, masks.pos_cols)[:: 1 if side.dim == 1 else -1]
-        target_K = s_K if side.log_q is None else s_K - side.log_q[candidate_K]
-        loss_K = (_finite(peak)[segment_K] - target_K + total.log2()[segment_K]) * side.entry_K
-        # A dropped row may stand against a removed column: 0 · inf.
-        loss += torch.where(side.entry_K == 0, 0.0, loss_K).sum() / _LOG2_E
-    return loss
 
 
 def _tiled_backward(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need):
@@ -322,7 +349,7 @@ def _tiled_backward(grad, statistics, x, y, scale, masks: PairMasks, offset, sid
 class _Probabilities:
     """coefficient · 2^(S' - peak) / total, tile by tile."""
 
-    def __init__(self, side: _Side, peak: Tensor, total: Tensor, scratch: Tensor) -> None:
+    def __init__(self, side: Side, peak: Tensor, total: Tensor, scratch: Tensor) -> None:
         self.side, self.scratch, self.shift = side, scratch, _finite(peak)
         self.factor = torch.where(side.segment == 0, 0.0, side.segment / total)
 

@@ -110,9 +110,7 @@ def _sigmoid(
     """
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
     need = (need_x, need_y) if need_grad else None
-    if runs_triton(x):
-        return _triton(x, y, scale, bias, masks, offset, entry, segment, log_q_cols, need)
-    return _tiled(x, y, scale, bias, masks, entry, segment, log_q_cols, need)
+    return sigmoid_parts(x, y, scale, bias, masks, offset, entry, segment, log_q_cols, need)
 
 
 @torch.library.custom_op("pinclip::sigmoid_backward", mutates_args=())
@@ -154,6 +152,14 @@ def _backward(ctx, grad, *_):
 
 
 _sigmoid.register_autograd(_backward, setup_context=_setup_context)
+
+
+def sigmoid_parts(x, y, scale, bias, masks: PairMasks, offset, entry, segment, log_q_cols, need):
+    """(loss, gradients of x, y, scale and bias) as of `_sigmoid`, without autograd. All five are sums over
+    the columns, and so over shards of them."""
+    if runs_triton(x):
+        return _triton(x, y, scale, bias, masks, offset, entry, segment, log_q_cols, need)
+    return _tiled(x, y, scale, bias, masks, entry, segment, log_q_cols, need)
 
 
 def _tiled(x, y, scale, bias, masks: PairMasks, entry, segment, log_q_cols, need):

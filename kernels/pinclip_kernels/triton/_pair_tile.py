@@ -244,8 +244,8 @@ def _place_kernel(rows, cols, values, g, entries, first_row, last_row, stride, B
 @triton.jit(do_not_specialize=_INTEGERS)
 def _listed_products_kernel(x, y, rows, cols, out, entries, d8, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows + at, mask=at < entries, other=0)
-    col = tl.load(cols + at, mask=at < entries, other=0)
+    row = tl.maximum(tl.load(rows + at, mask=at < entries, other=0), 0)
+    col = tl.maximum(tl.load(cols + at, mask=at < entries, other=0), 0)
     d = d8 * 8
     x_rows, y_rows = x + row[:, None] * d, y + col[:, None] * d
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -284,7 +284,7 @@ def in_log2(value: Tensor) -> Tensor:
 
 
 class Listed(NamedTuple):
-    """int64 coordinates of K pairs."""
+    """int64 coordinates of K pairs; (-1, -1) is a pair that is not there."""
 
     rows_K: Tensor
     cols_K: Tensor
@@ -296,7 +296,7 @@ class Listed(NamedTuple):
         return (triton.cdiv(len(self.rows_K), block),)
 
     def products(self, x: Tensor, y: Tensor) -> Tensor:
-        """x_row · y_col of every pair in fp32 [K]; x, y `aligned`."""
+        """x_row · y_col of every pair in fp32 [K], anything for those not there; x, y `aligned`."""
         out_K = x.new_empty(len(self.rows_K), dtype=torch.float32)
         if len(out_K):
             block, block_d = _PRODUCTS_BLOCK

@@ -469,6 +469,7 @@ def gradients(
     if both:
         turned = problem.positives.turned()
         g_K = g_K + of_cols.listed(listed_K * scale_log2, *turned, cols) - gain * cols.entry_K
+    g_K = torch.where(problem.positives.rows_K < 0, 0.0, g_K)
     inner = [(g_K * listed_K).sum(dtype=torch.float64)]
 
     row_ratio, row_high, col_ratio, col_low = shared

@@ -176,6 +176,7 @@ def value_and_gradients(
     nothing does. Extra memory beyond that of `problem` and of `ChunkGradients`: 12 bytes per row of a chunk
     and tile of columns, and O(M + N + K) vectors.
     """
+    entry_K = torch.where(problem.positives.rows_K < 0, 0.0, entry_K)
     greatest = torch.cat([segment_M, entry_K]).max()
     gain = torch.where(greatest > 0, GREATEST / greatest, 1.0)
     dots_K = problem.positives.products(problem.x, problem.y)
