@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from importlib import import_module
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.registry import BOTH, Arm, Op, Problem, Shape, Unsupported, Work, compiled, dtype_of
+from pinclip.ops import _attention_dispatch as dispatch
 from pinclip.ops.attention import QKNorm, attention
 from pinclip.reference.attention import attention as reference_attention
 from pinclip.reference.attention import rms_norm, rotate
@@ -24,15 +27,18 @@ _GATE_BATCH = 4
 
 
 @functools.lru_cache(maxsize=64)
-def _lengths(batch: int, n: int, mean: int) -> tuple[int, ...]:
-    """Text lengths in 1 … n of about this mean, geometric as captions are: many short, few long."""
+def _lengths(batch: int, n: int, mean: int, image: int) -> tuple[int, ...]:
+    """Text lengths in 1 … n of about this mean, geometric as captions are: many short, few long; with `image`
+    tokens before each text, in 16 … n - image."""
     generator = torch.Generator().manual_seed(7)
     drawn = -torch.log(torch.rand(batch, generator=generator)) * 0.7 * mean + 0.3 * mean
-    return tuple(drawn.long().clamp(1, n).tolist())
+    return tuple((image + drawn.long().clamp(16 if image else 1, n - image)).tolist())
 
 
 def lengths(shape: Shape) -> tuple[int, ...]:
-    return _lengths(shape.batch, shape.n, shape.mean) if shape.mean else (shape.n,) * shape.batch
+    if not shape.mean:
+        return (shape.n,) * shape.batch
+    return _lengths(shape.batch, shape.n, shape.mean, shape.image)
 
 
 def inputs(shape: Shape, device: str, seed: int) -> Problem:
@@ -134,6 +140,20 @@ def _arguments(shape: Shape, problem: Problem, weights) -> dict:
 
 def ours(shape: Shape, problem: Problem):
     return lambda qkv, *weights: attention(qkv, **_arguments(shape, problem, weights))
+
+
+def our_kernels(shape: Shape, problem: Problem):
+    """Our kernels also where the dispatch table sends the shape to SDPA: a row that is wrong shows here."""
+    if shape.dh not in dispatch._HEAD_DIMS or shape.n > dispatch._LONGEST:
+        raise Unsupported("longer, or of another head dim, than the kernels take")
+    module = import_module("pinclip.ops.attention")
+    row = next(row for row in dispatch.TABLE if row.ours)
+
+    def step(qkv, *weights):
+        with mock.patch.object(module, "_choose", lambda *call: row):
+            return attention(qkv, **_arguments(shape, problem, weights))
+
+    return step
 
 
 def reference(shape: Shape, problem: Problem):
@@ -305,9 +325,17 @@ def xformers(shape: Shape, problem: Problem):
 
 
 def shape_of(
-    name: str, batch: int, h: int, n: int, dh: int, kind: str = "dense", mean: int = 0, **options
+    name: str,
+    batch: int,
+    h: int,
+    n: int,
+    dh: int,
+    kind: str = "dense",
+    mean: int = 0,
+    image: int = 0,
+    **options,
 ) -> Shape:
-    sizes = {"batch": batch, "h": h, "n": n, "dh": dh, "kind": kind, "mean": mean}
+    sizes = {"batch": batch, "h": h, "n": n, "dh": dh, "kind": kind, "mean": mean, "image": image}
     text = f"{name} B{batch} H{h} N{n} D{dh}" + ("" if kind == "dense" else f" {kind}")
     return Shape(text + (f" mean {mean}" if mean else ""), sizes, **options)
 
@@ -328,9 +356,9 @@ SHAPES = (
     shape_of("So400m-384", 128, 16, 729, 72),
     shape_of("text", 1024, 12, 64, 64),
     shape_of("text", 1024, 12, 77, 64, "causal"),
-    shape_of("text", 1024, 12, 64, 64, "padded", 20),
+    *(shape_of("text", 1024, 12, 64, 64, "padded", mean) for mean in (20, 12, 40)),
     *(shape_of("text", 1024, 12, 64, 64, "packed", mean, quick=mean == 20) for mean in (12, 20, 40)),
-    shape_of("fusion", 512, 12, 320, 64, "packed", 290),
+    *(shape_of("fusion 256 +", 512, 12, 320, 64, "packed", mean, image=256) for mean in (20, 40)),
     shape_of("B/16-256", 256, 12, 256, 64, "qk-norm + rope"),
     shape_of("quickstart", 128, 3, 64, 64, quick=True, **_CPU),
     shape_of("quickstart fusion", 128, 3, 96, 64, "packed", 66, quick=True, **_CPU),
@@ -360,6 +388,7 @@ ENTRIES = (
         plain,
         (
             Arm("pinclip", ours, "ours"),
+            Arm("pinclip, kernels by force", our_kernels, on=_GPU),
             Arm(
                 "reference",
                 reference,

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from pinclip.ops import _attention_cpu as cpu
+from pinclip.ops import _attention_dispatch as dispatch
 from pinclip.ops._checks import (
     autocast,
     check_alike,
@@ -49,8 +50,9 @@ def attention(
       separate   q [B, Nq, H, Dh], k and v [B, Nk, H, Dh]     -> [B, Nq, H*Dh]
 
     cu_seqlens   int32 [S+1], ascending from 0 to T; a segment may be empty.
-    max_seqlen   longest segment; give it on CUDA, where reading it waits for the device,
-                 and is not possible under torch.compile(fullgraph=True).
+    max_seqlen   longest segment, or more; give it on CUDA, where reading it waits for the device, and is not
+                 possible under torch.compile(fullgraph=True).  There neither it nor cu_seqlens is checked:
+                 what a segment has beyond max_seqlen is undefined.
     causal       query i sees the keys 0..i; needs Nq = Nk.
     key_lengths  int32 or int64 [B] (not with varlen): row b sees its first key_lengths[b] keys.  Keys and
                  values beyond them are not read, may hold anything, and have zero gradient.  Every query is
@@ -62,7 +64,9 @@ def attention(
 
     Any floating dtype; scores and softmax accumulate in fp32, or in fp64 for fp64 inputs.  Under autocast the
     inputs are cast as for scaled_dot_product_attention.  Gradients: q, k, v and the norms.  Deterministic.
-    Extra memory: one number per query and head; qk_norm and rope keep copies of q and k.  Collectives: none.
+    On CUDA short sequences run our kernels, others SDPA's: docs/attention.md has the table.
+    Extra memory: one number per query and head; with qk_norm or rope copies of q and k, but in our kernels.
+    Collectives: none.
     Raises ValueError for shapes, dtypes, devices and combinations other than these.
     Source: arXiv 1706.03762; the one-pass softmax of arXiv 2205.14135; RoPE arXiv 2104.09864.
     """
@@ -70,15 +74,66 @@ def attention(
     packed = k is None
     tensors = autocast(q_or_qkv) if packed else autocast(q_or_qkv, k, v)
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else float(scale)
-    if qk_norm is not None or rope is not None:
+    on_cpu = tensors[0].device.type == "cpu"
+    normed = qk_norm is not None or rope is not None
+    arch = _architecture(tensors[0].device.type, tensors[0].device.index)
+    if arch and cu_seqlens is not None and max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    ours = arch > 0 and _choose(tensors, arch, max_seqlen, cu_seqlens, key_lengths, normed).ours
+    norm = (None, None, 0.0, None, None)
+    if normed and ours and arch >= 90:
+        norm = _norm_arguments(qk_norm, rope)
+    elif normed:
         q, k, v = tensors[0].unbind(-3) if packed else tensors
+        if qk_norm is not None and key_lengths is not None:
+            # What stands in the padding must not reach the gradient of the norm's weight.
+            real = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
+            k = k.masked_fill(~real[:, :, None, None], 0.0)
         q, k = _norm_and_rotate(q, k, cu_seqlens, qk_norm, rope)
         tensors = (torch.stack((q, k, v), dim=-3),) if packed else (q, k, v)
-    if tensors[0].device.type != "cpu":  # until a kernel for the device is registered with the ops below
+    if not (on_cpu or ours):
         return _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale)
     if packed:
-        return _attention(*tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale)[0]
-    return _cross_attention(*tensors, key_lengths, causal, scale)[0]
+        return _attention(*tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale, *norm)[0]
+    return _cross_attention(*tensors, key_lengths, causal, scale, *norm)[0]
+
+
+@torch.compiler.assume_constant_result
+def _architecture(device_type: str, index: int | None) -> int:
+    """The compute capability of a CUDA device, 90 for sm_90; 0 for other devices."""
+    if device_type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def _choose(tensors, arch, max_seqlen, cu_seqlens, key_lengths, normed) -> dispatch.Row:
+    first, last = tensors[0], tensors[-1]
+    varlen = cu_seqlens is not None
+    queries, keys = (max_seqlen, max_seqlen) if varlen else (first.shape[1], last.shape[1])
+    call = dispatch.Call(
+        dtype=first.dtype,
+        arch=arch,
+        width=first.shape[-1],
+        queries=queries,
+        keys=keys,
+        varlen=varlen,
+        padded=key_lengths is not None,
+        normed=normed,
+    )
+    return dispatch.choose(call)
+
+
+def _norm_arguments(qk_norm, rope) -> tuple:
+    """Norm and rotation as our kernels take them: fp32 and contiguous."""
+    weights, eps = (None, None), 0.0
+    if qk_norm is not None:
+        weights, eps = (
+            (w.float().contiguous() for w in (qk_norm.q_weight, qk_norm.k_weight)),
+            float(qk_norm.eps),
+        )
+    tables = (None, None) if rope is None else (table.float().contiguous() for table in rope)
+    return *weights, eps, *tables
 
 
 def _check(q_or_qkv, k, v, cu_seqlens, causal, key_lengths, qk_norm, rope) -> None:
@@ -169,7 +224,7 @@ def _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale) -> Te
     return out if cu_seqlens is None else out.flatten(0, 1).index_select(0, slot)
 
 
-@torch.library.custom_op("pinclip::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pinclip::attention", mutates_args=())
 @without_autocast
 def _attention(
     qkv: Tensor,
@@ -178,20 +233,32 @@ def _attention(
     key_lengths: Tensor | None,
     causal: bool,
     scale: float,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> the result, and each row's logsumexp [.., H] for the backward pass."""
+    """-> the result, and each row's logsumexp [.., H] for the backward pass.
+
+    Norm and rotation, fp32, are for our kernels only."""
+    if _runs_kernels(qkv):
+        norm = q_weight, k_weight, eps, cos, sin
+        problem = _problem(qkv.unbind(-3), cu_seqlens, max_seqlen, key_lengths, causal, scale, *norm)
+        return _forward(problem, qkv.select(-3, 0))
+    assert q_weight is None and cos is None
     _check_on_host(qkv.shape[0] if cu_seqlens is not None else qkv.shape[1], cu_seqlens, key_lengths)
     out, lse = cpu.forward((_rows(qkv),), cu_seqlens, key_lengths, causal, scale)
     return out.flatten(-2), lse
 
 
 @_attention.register_fake
-def _(qkv, cu_seqlens, max_seqlen, key_lengths, causal, scale):
+def _(qkv, *_):
     out, lse = _empty_result(qkv.select(-3, 0))
     return out.flatten(-2), lse
 
 
-@torch.library.custom_op("pinclip::attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pinclip::attention_backward", mutates_args=())
 @without_autocast
 def _attention_backward(
     grad_out: Tensor,
@@ -203,50 +270,78 @@ def _attention_backward(
     key_lengths: Tensor | None,
     causal: bool,
     scale: float,
-) -> Tensor:
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the gradients of qkv and of the norm's weights, which are empty without a norm."""
+    if _runs_kernels(qkv):
+        norm = q_weight, k_weight, eps, cos, sin
+        problem = _problem(qkv.unbind(-3), cu_seqlens, max_seqlen, key_lengths, causal, scale, *norm)
+        grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        return grad, *_backward(problem, grad_out, out, lse, grad.unbind(-3))
     grad_out, out = (_rows(t).unflatten(-1, qkv.shape[-2:]) for t in (grad_out, out))
-    return cpu.backward(grad_out, (_rows(qkv),), out, lse, cu_seqlens, key_lengths, causal, scale)[0]
+    (grad,) = cpu.backward(grad_out, (_rows(qkv),), out, lse, cu_seqlens, key_lengths, causal, scale)
+    return grad, lse.new_empty(0), lse.new_empty(0)
 
 
 @_attention_backward.register_fake
-def _(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, key_lengths, causal, scale):
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+def _(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, key_lengths, causal, scale, q_weight=None, *rest):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), *_empty_weights(lse, q_weight)
 
 
 def _save_packed(ctx, inputs, output) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, key_lengths, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(qkv, *output, cu_seqlens, key_lengths)
+    qkv, cu_seqlens, ctx.max_seqlen, key_lengths, ctx.causal, ctx.scale, *norm = inputs
+    q_weight, k_weight, ctx.eps, cos, sin = norm
+    ctx.save_for_backward(qkv, *output, cu_seqlens, key_lengths, q_weight, k_weight, cos, sin)
 
 
 def _packed_gradient(ctx, grad_out, _grad_lse):
-    qkv, out, lse, cu_seqlens, key_lengths = ctx.saved_tensors
-    grad = _attention_backward(
-        grad_out, qkv, out, lse, cu_seqlens, ctx.max_seqlen, key_lengths, ctx.causal, ctx.scale
-    )
-    return grad, None, None, None, None, None
+    qkv, out, lse, cu_seqlens, key_lengths, q_weight, k_weight, cos, sin = ctx.saved_tensors
+    masks = cu_seqlens, ctx.max_seqlen, key_lengths, ctx.causal, ctx.scale
+    norm = q_weight, k_weight, ctx.eps, cos, sin
+    grad, *weights = _attention_backward(grad_out, qkv, out, lse, *masks, *norm)
+    return grad, None, None, None, None, None, *_of_norm(weights, q_weight)
 
 
 _attention.register_autograd(_packed_gradient, setup_context=_save_packed)
 
 
-@torch.library.custom_op("pinclip::cross_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pinclip::cross_attention", mutates_args=())
 @without_autocast
 def _cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> the result, and each row's logsumexp [B, Nq, H] for the backward pass."""
+    """-> the result, and each row's logsumexp [B, Nq, H] for the backward pass; norm as in `_attention`."""
+    if _runs_kernels(q):
+        norm = q_weight, k_weight, eps, cos, sin
+        problem = _problem((q, k, v), None, None, key_lengths, causal, scale, *norm)
+        return _forward(problem, q)
+    assert q_weight is None and cos is None
     _check_on_host(k.shape[1], None, key_lengths)
     out, lse = cpu.forward((_rows(q), _rows(k), _rows(v)), None, key_lengths, causal, scale)
     return out.flatten(-2), lse
 
 
 @_cross_attention.register_fake
-def _(q, k, v, key_lengths, causal, scale):
+def _(q, *_):
     out, lse = _empty_result(q)
     return out.flatten(-2), lse
 
 
-@torch.library.custom_op("pinclip::cross_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pinclip::cross_attention_backward", mutates_args=())
 @without_autocast
 def _cross_attention_backward(
     grad_out: Tensor,
@@ -258,28 +353,79 @@ def _cross_attention_backward(
     key_lengths: Tensor | None,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> the gradients of q, k, v and of the norm's weights, which are empty without a norm."""
+    if _runs_kernels(q):
+        norm = q_weight, k_weight, eps, cos, sin
+        problem = _problem((q, k, v), None, None, key_lengths, causal, scale, *norm)
+        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        return *grads, *_backward(problem, grad_out, out, lse, grads)
     grad_out, out = (_rows(t).unflatten(-1, q.shape[-2:]) for t in (grad_out, out))
-    return cpu.backward(grad_out, (_rows(q), _rows(k), _rows(v)), out, lse, None, key_lengths, causal, scale)
+    tensors = _rows(q), _rows(k), _rows(v)
+    grads = cpu.backward(grad_out, tensors, out, lse, None, key_lengths, causal, scale)
+    return *grads, lse.new_empty(0), lse.new_empty(0)
 
 
 @_cross_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, key_lengths, causal, scale):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+def _(grad_out, q, k, v, out, lse, key_lengths, causal, scale, q_weight=None, *rest):
+    grads = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return *grads, *_empty_weights(lse, q_weight)
 
 
 def _save_separate(ctx, inputs, output) -> None:
-    q, k, v, key_lengths, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, key_lengths)
+    q, k, v, key_lengths, ctx.causal, ctx.scale, *norm = inputs
+    q_weight, k_weight, ctx.eps, cos, sin = norm
+    ctx.save_for_backward(q, k, v, *output, key_lengths, q_weight, k_weight, cos, sin)
 
 
 def _separate_gradients(ctx, grad_out, _grad_lse):
-    q, k, v, out, lse, key_lengths = ctx.saved_tensors
-    grads = _cross_attention_backward(grad_out, q, k, v, out, lse, key_lengths, ctx.causal, ctx.scale)
-    return *grads, None, None, None
+    q, k, v, out, lse, key_lengths, q_weight, k_weight, cos, sin = ctx.saved_tensors
+    norm = q_weight, k_weight, ctx.eps, cos, sin
+    grads = _cross_attention_backward(grad_out, q, k, v, out, lse, key_lengths, ctx.causal, ctx.scale, *norm)
+    return *grads[:3], None, None, None, *_of_norm(grads[3:], q_weight)
 
 
 _cross_attention.register_autograd(_separate_gradients, setup_context=_save_separate)
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether an op runs our kernels; `attention` sends nothing else to it on a GPU."""
+    return _architecture(x.device.type, x.device.index) > 0
+
+
+def _problem(heads, cu_seqlens, max_seqlen, key_lengths, causal, scale, *norm):
+    from pinclip_kernels.triton.attention import Norm, Problem
+
+    with torch.cuda.device_of(heads[0]):
+        return Problem(*heads, cu_seqlens, max_seqlen, key_lengths, causal, scale, Norm(*norm))
+
+
+def _forward(problem, q: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_result(q)
+    with torch.cuda.device_of(q):
+        problem.forward(out, lse)
+    return out.flatten(-2), lse
+
+
+def _backward(problem, grad_out: Tensor, out: Tensor, lse: Tensor, grads) -> tuple[Tensor, Tensor]:
+    """Writes the gradients; returns those of the norm's weights."""
+    with torch.cuda.device_of(grad_out):
+        return problem.backward(grad_out.contiguous(), out, lse, *grads)
+
+
+def _of_norm(weights, q_weight: Tensor | None) -> tuple:
+    """The gradients of q_weight, k_weight, eps, cos and sin."""
+    return (*((None, None) if q_weight is None else weights), None, None, None)
+
+
+def _empty_weights(lse: Tensor, q_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (0,) if q_weight is None else q_weight.shape
+    return lse.new_empty(shape), lse.new_empty(shape)
 
 
 def _empty_result(q: Tensor) -> tuple[Tensor, Tensor]:

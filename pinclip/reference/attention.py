@@ -70,6 +70,10 @@ def attention(
     Memory O(B H Nq Nk).  A varlen call is one dense call per segment, joined: slow, and plainly right.
     """
     q, k, v = (q_or_qkv.unbind(-3)) if k is None else (q_or_qkv, k, v)
+    if key_lengths is not None:
+        # Whatever stands in the padding, NaN included, must reach neither the values nor the gradients.
+        real = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
+        k, v = (t.masked_fill(~real[:, :, None, None], 0.0) for t in (k, v))
     if qk_norm is not None:
         q, k = rms_norm(q, qk_norm.q_weight, qk_norm.eps), rms_norm(k, qk_norm.k_weight, qk_norm.eps)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -97,8 +101,6 @@ def dense_attention(
     if key_lengths is not None:
         real = torch.arange(k.shape[2], device=q.device) < key_lengths[:, None]
         keep = keep & real[:, None, None, :]
-        # Whatever stands in the padding, NaN included, must reach neither the values nor the gradients.
-        k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
     scores = (scale * q @ k.transpose(-1, -2)).masked_fill(~keep, -torch.inf)
     seen = keep.any(-1, keepdim=True)
     # An unseen row would be softmax of nothing but -inf: NaN, in the value and the gradient.

@@ -143,3 +143,11 @@ def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*GPU_OPS, "random_walk", "graph_build", "train_step", "memeff"))
+
+
+def test_a_block_and_a_tower_by_hand():
+    width, hidden, depth, n, b = 768, 3072, 12, 256, 256
+    block = 6 * (4 * width * width + 2 * width * hidden) * b * n + 12 * width * b * n * n
+    found = work("block", "ViT-B/16-256 image batch 256", "forward+backward")
+    assert found.flops == block and found.items == b
+    assert work("tower", "ViT-B/16-256 image batch 256", "forward+backward").flops == depth * block

@@ -183,6 +183,15 @@ def test_padding_does_not_leak(function, causal):
     assert (results[1][0][:, :, 1:][padding] == 0).all()
 
 
+@pytest.mark.parametrize("function", [attention, reference], ids=["op", "reference"])
+def test_poisoned_padding_under_a_norm(function):
+    q, k, v, weights = normal(5, 6, 2, 8), normal(5, 7, 2, 8), normal(5, 7, 2, 8), normal(2, 8)
+    padding = torch.arange(7) >= LENGTHS[:, None]
+    poisoned = [t.clone().masked_fill(padding[:, :, None, None], torch.nan) for t in (k, v)]
+    call = with_norm(function, key_lengths=LENGTHS)
+    assert_same(*(run(call, [q, *keys, *weights]) for keys in ((k, v), poisoned)))
+
+
 def test_rows_without_keys_are_zero():
     qkv = normal(5, 7, 3, 2, 8)
     (out,), (grad,) = run(lambda t: attention(t, key_lengths=LENGTHS), [qkv])
