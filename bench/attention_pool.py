@@ -17,6 +17,8 @@ from pinclip.ops.attention_pool import attention_pool
 from pinclip.reference.attention_pool import attention_pool as reference_pool
 
 _NAMES = ("x", "q", "w_k", "b_k", "w_v", "b_v")
+_NORM = ("norm weight", "norm bias")
+_EPS = 1e-6
 
 
 def inputs(shape: Shape, device: str, seed: int) -> Problem:
@@ -28,7 +30,10 @@ def inputs(shape: Shape, device: str, seed: int) -> Problem:
 
     d = shape.d
     weights = (normal(d, d, std=d**-0.5), normal(d, std=0.1), normal(d, d, std=d**-0.5), normal(d, std=0.1))
-    return Problem((normal(shape.batch, shape.n, d), normal(shape.probes, d), *weights), _NAMES)
+    leaves = (normal(shape.batch, shape.n, d), normal(shape.probes, d), *weights)
+    if not shape.norm:
+        return Problem(leaves, _NAMES)
+    return Problem((*leaves, normal(d), normal(d, std=0.1)), _NAMES + _NORM)
 
 
 def gate_shape(shape: Shape) -> Shape:
@@ -42,10 +47,16 @@ def work(shape: Shape, mode: str) -> Work:
     return Work((3 if mode == BOTH else 1) * flops, (3 if mode == BOTH else 1) * size, b, "images")
 
 
+def normed(x, norm):
+    """LayerNorm(x), if there is one."""
+    return F.layer_norm(x, x.shape[2:], *norm, _EPS) if norm else x
+
+
 def plain(shape: Shape, problem: Problem):
     """K and V formed, then softmax; in the dtype of x."""
 
-    def step(x, q, w_k, b_k, w_v, b_v):
+    def step(x, q, w_k, b_k, w_v, b_v, *norm):
+        x = normed(x, norm)
         key, value = (F.linear(x, w, b).unflatten(-1, (shape.h, -1)) for w, b in ((w_k, b_k), (w_v, b_v)))
         query = q.unflatten(-1, (shape.h, -1)) * (shape.d // shape.h) ** -0.5
         scores = torch.einsum("phe,bnhe->bhpn", query, key).softmax(-1)
@@ -57,7 +68,8 @@ def plain(shape: Shape, problem: Problem):
 def standard(shape: Shape, problem: Problem):
     """What SigLIP's head does: two projections and scaled_dot_product_attention."""
 
-    def step(x, q, w_k, b_k, w_v, b_v):
+    def step(x, q, w_k, b_k, w_v, b_v, *norm):
+        x = normed(x, norm)
         key, value = (
             F.linear(x, w, b).unflatten(-1, (shape.h, -1)).transpose(1, 2)
             for w, b in ((w_k, b_k), (w_v, b_v))
@@ -68,17 +80,25 @@ def standard(shape: Shape, problem: Problem):
     return step
 
 
+def pooling(pool, shape: Shape):
+    def step(*leaves):
+        norm = (*leaves[6:], _EPS) if shape.norm else None
+        return pool(*leaves[:6], num_heads=shape.h, norm=norm)
+
+    return step
+
+
 def ours(shape: Shape, problem: Problem):
-    return lambda *leaves: attention_pool(*leaves, num_heads=shape.h)
+    return pooling(attention_pool, shape)
 
 
 def reference(shape: Shape, problem: Problem):
-    return lambda *leaves: reference_pool(*leaves, num_heads=shape.h)
+    return pooling(reference_pool, shape)
 
 
-def shape_of(name: str, batch: int, n: int, d: int, h: int, probes: int, **options) -> Shape:
-    sizes = {"batch": batch, "n": n, "d": d, "h": h, "probes": probes}
-    return Shape(f"{name} B{batch} N{n} D{d} P{probes}", sizes, **options)
+def shape_of(name: str, batch: int, n: int, d: int, h: int, probes: int, norm=False, **options) -> Shape:
+    sizes = {"batch": batch, "n": n, "d": d, "h": h, "probes": probes, "norm": norm}
+    return Shape(f"{name} B{batch} N{n} D{d} P{probes}{' norm' if norm else ''}", sizes, **options)
 
 
 ENTRIES = (
@@ -94,9 +114,10 @@ ENTRIES = (
         ),
         (
             *(shape_of("So400m", 512, 256, 1152, 16, probes, quick=probes == 1) for probes in (1, 8, 32)),
+            shape_of("So400m", 512, 256, 1152, 16, 1, norm=True),
             shape_of("B/16-256", 1024, 256, 768, 12, 1),
             shape_of("quickstart", 128, 64, 192, 3, 1, dtype="float32", on=("cpu",), quick=True),
-            shape_of("tiny", 3, 9, 16, 2, 2, dtype="float32", on=(), tiny=True),
+            *(shape_of("tiny", 3, 9, 16, 2, 2, n, dtype="float32", on=(), tiny=True) for n in (False, True)),
         ),
         work,
         gate_shape,

@@ -1,13 +1,12 @@
 """An encoder block and a whole tower, forward and backward without a loss: images/s or texts/s, MFU, memory.
 
-Arms: ours; the same weights with torch's SDPA and a pooling head that forms K and V, eager and under
-torch.compile; ours under torch.compile. bf16 autocast on a GPU. Operations are counted as in
+Arms: ours; the same weights with the ops of torch (SDPA, GELU, a pooling head that forms K and V), eager and
+under torch.compile; ours under torch.compile. bf16 autocast on a GPU. Operations are counted as in
 bench/train_step.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -69,27 +68,15 @@ def work(shape: Shape, mode: str) -> Work:
 
 
 class Torchs(nn.Module):
-    """The module with torch's attention, and K and V formed in the pooling head."""
+    """The module with torch's ops in the place of ours."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
     def forward(self, *inputs):
-        with torchs_ops():
+        with train_step.torchs_ops():
             return self.module(*inputs)
-
-
-@contextlib.contextmanager
-def torchs_ops():
-    from pinclip.models import layers
-
-    ours = layers.attention, layers.attention_pool
-    layers.attention, layers.attention_pool = train_step._sdpa, train_step._sdpa_pool
-    try:
-        yield
-    finally:
-        layers.attention, layers.attention_pool = ours
 
 
 class Step:
@@ -160,8 +147,8 @@ def shapes(whole: bool) -> tuple[Shape, ...]:
 ARMS = (
     arm("pinclip", True, False, "ours"),
     arm("pinclip compiled", True, True, "ours", on=("cuda",), quick=False),
-    arm("torch's attention", False, False),
-    arm("torch's attention, compiled", False, True, on=("cuda",)),
+    arm("torch's ops", False, False),
+    arm("torch's ops, compiled", False, True, on=("cuda",)),
 )
 
 ENTRIES = tuple(

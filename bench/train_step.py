@@ -11,6 +11,7 @@ Useful operations count real text tokens only, the same for every arm: 6 per mat
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -142,19 +143,30 @@ class Eager(Ours):
     """
 
     def forward(self, batch: Batch) -> Tensor:
-        from pinclip.models import layers
-
-        ours = layers.attention, layers.attention_pool
-        layers.attention, layers.attention_pool = _sdpa, _sdpa_pool
-        try:
+        with torchs_ops():
             image = F.normalize(self.image(batch.images).pooled.float(), dim=1)
             text = F.normalize(self.text(batch.tokens, batch.lengths).pooled.float(), dim=1)
-        finally:
-            layers.attention, layers.attention_pool = ours
         return self.loss(image, text, self.log_scale.exp().squeeze(0))
 
     def loss(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         return _eager_loss(image, text, scale)
+
+
+@contextlib.contextmanager
+def torchs_ops():
+    """Inside, the towers run torch's attention, a pooling head that forms K and V, and torch's GELU."""
+    from pinclip.models import layers
+
+    ours = layers.attention, layers.attention_pool, layers.GeluLinear.forward
+    layers.attention, layers.attention_pool, layers.GeluLinear.forward = _sdpa, _sdpa_pool, _gelu_linear
+    try:
+        yield
+    finally:
+        layers.attention, layers.attention_pool, layers.GeluLinear.forward = ours
+
+
+def _gelu_linear(self, x):
+    return F.gelu(nn.Linear.forward(self, x), approximate="tanh")
 
 
 def _eager_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

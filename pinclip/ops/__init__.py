@@ -9,6 +9,7 @@ from pinclip.ops.attention_pool import attention_pool
 from pinclip.ops.contrastive import contrastive_loss
 from pinclip.ops.fusion_pack import FusionLayout, fusion_pack
 from pinclip.ops.gated_residual_norm import gated_residual_norm
+from pinclip.ops.gelu import gelu
 from pinclip.ops.l2_normalize import l2_normalize
 from pinclip.ops.pairs import Pairs
 from pinclip.ops.random_walk import WalkGraph, random_walk
@@ -24,6 +25,7 @@ __all__ = [
     "contrastive_loss",
     "fusion_pack",
     "gated_residual_norm",
+    "gelu",
     "l2_normalize",
     "random_walk",
     "sigmoid_loss",

@@ -18,6 +18,7 @@ from pinclip.ops._checks import (
     require,
     without_autocast,
 )
+from pinclip.ops._rows import runs_triton
 from pinclip.reference.attention import accumulation_dtype
 
 FUSION, IMAGE, TEXT = 0, 1, 2
@@ -147,6 +148,8 @@ def fusion_pack(
     one source row, and what many rows share is summed in a fixed order.  Waits for no device.
     Saved for backward: the inputs and two numbers per packed row; extra memory: their sums before packing.
     Collectives: none.
+    On a GPU, but in fp64 or at D > 2048, one kernel for each direction reads and writes every row once; extra
+    memory there only in the backward pass: 4 D bytes for every place of a pin and 64 pins.
     Raises ValueError for shapes, dtypes or devices other than these, or than the layout's.
     """
     tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
@@ -201,6 +204,8 @@ def _fusion_pack(
     """-> the result, and each row's mean and 1/sqrt(var + eps), [T, 1]."""
     tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
     dtype = promoted_dtype(*tensors)
+    if runs_triton(weight.shape[0], *tensors):
+        return _triton(*tensors, source, fusion_slots, image_slots, text_slots, dtype, eps)
     *tokens, weight, bias = (t.to(accumulation_dtype(dtype)) for t in tensors)
     rows = _summed(*tokens, source)
     packed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
@@ -239,6 +244,8 @@ def _fusion_pack_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of the eight floating tensors."""
     tensors = (fusion_tokens, image, text, type_embedding, image_position, text_position, weight, bias)
+    if runs_triton(weight.shape[0], *tensors):
+        return _triton_backward(grad, mean, rstd, *tensors, fusion_slots, image_slots, text_slots)
     *tokens, wide_weight, wide_bias = (t.to(mean.dtype) for t in tensors)
     rows = _summed(*tokens, source)
     grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
@@ -292,3 +299,46 @@ def _summed(
         torch.add(tokens, shared, out=join[first : first + tokens.numel()].view(tokens.shape))
         first += tokens.numel()
     return join.view(-1, image.shape[2]).index_select(0, source)
+
+
+def _kernel_tokens(fusion_tokens, image, text, type_embedding, image_position, text_position, slots):
+    """The op's inputs as the kernels take them."""
+    from pinclip_kernels.triton.fusion_pack import Tokens
+
+    def alike(*tensors):
+        dtype = promoted_dtype(*tensors)
+        return (t.to(dtype).contiguous() for t in tensors)
+
+    tables = alike(fusion_tokens, image_position, text_position, type_embedding)
+    return Tokens(*(t.contiguous() for t in slots), *alike(image, text), *tables)
+
+
+def _triton(
+    fusion_tokens, image, text, types, image_position, text_position, weight, bias, source, *slots_dtype_eps
+):
+    from pinclip_kernels.triton import fusion_pack as kernels
+
+    *slots, dtype, eps = slots_dtype_eps
+    tokens = _kernel_tokens(fusion_tokens, image, text, types, image_position, text_position, slots)
+    vectors = (t.float().contiguous() for t in (weight, bias))
+    with torch.cuda.device_of(image):
+        packed, mean, rstd = kernels.forward(tokens, *vectors, source.shape[0], dtype, eps)
+    return packed, mean[:, None], rstd[:, None]
+
+
+def _triton_backward(
+    grad, mean, rstd, fusion_tokens, image, text, types, image_position, text_position, weight, bias, *slots
+):
+    from pinclip_kernels.triton import fusion_pack as kernels
+
+    tokens = _kernel_tokens(fusion_tokens, image, text, types, image_position, text_position, slots)
+    with torch.cuda.device_of(image):
+        grad_image, grad_text, shared, grad_weight, grad_bias = kernels.backward(
+            grad.contiguous(), mean, rstd, tokens, weight.float().contiguous()
+        )
+    sizes = [len(fusion_tokens), len(image_position), len(text_position)]
+    fusion, of_image, of_text = (part.clone() for part in shared.split(sizes))  # results share no memory
+    grad_types = torch.stack([part.sum(0) for part in (fusion, of_image, of_text)])
+    grads = (fusion, grad_image, grad_text, grad_types, of_image, of_text, grad_weight, grad_bias)
+    tensors = (fusion_tokens, image, text, types, image_position, text_position, weight, bias)
+    return tuple(g.to(t.dtype) for g, t in zip(grads, tensors))

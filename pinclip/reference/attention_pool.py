@@ -19,12 +19,14 @@ def attention_pool(
     *,
     num_heads: int,
     key_lengths: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
     form: str = "standard",
 ) -> Tensor:
     """softmax(q K^T / sqrt(E)) V per head with K = x w_k^T + b_k and V = x w_v^T + b_v.
 
     x [B, N, D]; q [P, D] projected probes; w_k, w_v [D, D]; b_k, b_v [D] -> [B, P, D], before any output
-    projection.  form "absorbed" computes the same without forming K and V; see pinclip.ops.attention_pool.
+    projection.  norm (weight [D], bias [D], eps): of LayerNorm(x) instead of x.
+    form "absorbed" computes the same without forming K and V; see pinclip.ops.attention_pool.
     """
     dtype = x.dtype
     wide = accumulation_dtype(dtype)
@@ -32,6 +34,8 @@ def attention_pool(
     if key_lengths is not None:
         padding = torch.arange(x.shape[1], device=x.device) >= key_lengths[:, None]
         x = x.masked_fill(padding[..., None], 0.0)
+    if norm is not None:
+        x = torch.nn.functional.layer_norm(x, x.shape[2:], norm[0].to(wide), norm[1].to(wide), norm[2])
     pooled = {"standard": _standard, "absorbed": _absorbed}[form]
     return pooled(x, q, w_k, b_k, w_v, b_v, num_heads, key_lengths).to(dtype)
 

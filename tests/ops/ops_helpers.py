@@ -15,7 +15,7 @@ def run(function, tensors):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     results = function(*leaves)
     results = results if isinstance(results, tuple) else (results,)
-    seeds = [normal(*r.shape, seed=90 + i, dtype=r.dtype) for i, r in enumerate(results)]
+    seeds = [normal(*r.shape, seed=90 + i, dtype=r.dtype).to(r.device) for i, r in enumerate(results)]
     grads = torch.autograd.grad(results, leaves, seeds, allow_unused=True, materialize_grads=True)
     return [r.detach() for r in results], list(grads)
 

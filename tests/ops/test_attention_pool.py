@@ -14,7 +14,7 @@ from ops_helpers import (
 )
 from torch.autograd import gradcheck
 from torch.library import opcheck
-from torch.nn.functional import linear, multi_head_attention_forward, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, multi_head_attention_forward, scaled_dot_product_attention
 
 from pinclip.ops.attention_pool import _attention_pool, attention_pool
 from pinclip.reference.attention_pool import attention_pool as reference
@@ -159,6 +159,40 @@ def test_no_pins(form):
     assert_exact(pool(form), truth(), problem(batch=0))
 
 
+@pytest.mark.parametrize("form", ["absorbed", "standard"])
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "padded"])
+def test_norm_is_a_layer_norm_before(lengths, form):
+    """With gradients of its weight and bias; what stands in the padding is not read."""
+    options = {"num_heads": 2, "key_lengths": lengths, "form": form}
+    tensors = (*problem(), 1 + normal(8, seed=5), normal(8, seed=6))
+
+    def before(x, *others):
+        *others, weight, bias = others
+        return attention_pool(layer_norm(x, (8,), weight, bias, 1e-5), *others, **options)
+
+    for function in (attention_pool, reference):
+        assert_exact(lambda *t, f=function: f(*t[:6], norm=(*t[6:], 1e-5), **options), before, tensors)
+    if lengths is not None:
+        padding = torch.arange(5) >= LENGTHS[:, None]
+        poisoned = (tensors[0].masked_fill(padding[..., None], torch.nan), *tensors[1:])
+        op = run(lambda *t: attention_pool(*t[:6], norm=(*t[6:], 1e-5), **options), poisoned)
+        assert_same(op, run(lambda *t: attention_pool(*t[:6], norm=(*t[6:], 1e-5), **options), tensors))
+
+
+def test_norm_under_autocast_and_with_dynamic_shapes():
+    def normed(x, *others):
+        *others, weight, bias = others
+        return attention_pool(x, *others, num_heads=2, norm=(weight, bias, 1e-5))
+
+    tensors = (*problem(), 1 + normal(8, seed=5), normal(8, seed=6))
+    assert_autocast(normed, tensors, torch.bfloat16)
+    torch.compiler.reset()
+    compiled = torch.compile(normed, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 3):
+        some = (tensors[0][:batch], *tensors[1:])
+        assert_same(run(compiled, some), run(normed, some))
+
+
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "padded"])
 def test_opcheck(lengths):
     opcheck(_attention_pool, (*(t.clone().requires_grad_() for t in problem()), 2, lengths))
@@ -179,6 +213,9 @@ def test_opcheck(lengths):
         (5, torch.ones(8), {"num_heads": 3}, ("num_heads", "8", "3")),
         (5, torch.ones(8), {"num_heads": 0}, ("num_heads", "0")),
         (5, torch.ones(8), {"form": "fast"}, ("form", "fast")),
+        (5, torch.ones(8), {"norm": (torch.ones(8), torch.ones(4), 1e-5)}, ("norm bias", "[4]")),
+        (5, torch.ones(8), {"norm": (torch.ones(8).half(), torch.ones(8), 1e-5)}, ("norm weight", "float16")),
+        (5, torch.ones(8), {"norm": (torch.ones(8), torch.ones(8), 0.0)}, ("norm eps", "0.0")),
         (5, torch.ones(8), {"key_lengths": LENGTHS[:2]}, ("key_lengths", "[2]")),
         (5, torch.ones(8), {"key_lengths": LENGTHS.double()}, ("key_lengths", "torch.float64")),
     ],
