@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pinclip.models.layers import AttentionPoolHead, Encoder, EncoderConfig, PatchEmbedding, Projection
+from pinclip.ops.funnel_pool import funnel_pool
 
 
 class ImageTowerConfig(EncoderConfig):
@@ -110,18 +111,10 @@ class ImageTower(nn.Module):
         for stop in self.config.funnel:
             x = self.encoder(x, start=start, stop=stop)
             stages.append(x)
-            x = pool_grid(x, grid)
+            x = funnel_pool(x, grid)
             start, grid = stop, grid // 2
         tokens = self.post_layernorm(self.encoder(x, start=start))
         pooled = tokens.mean(1) if self.head is None else self.head(tokens)
         if self.projection is not None:
             pooled = self.projection(pooled)
         return ImageFeatures(pooled, (*stages, tokens))
-
-
-def pool_grid(x: Tensor, grid: int) -> Tensor:
-    """Mean over 2 x 2 neighbors on the patch grid: `[B, grid^2, D]` -> `[B, grid^2 / 4, D]`."""
-    batch, _, width = x.shape
-    cells = x.view(batch, grid // 2, 2, grid // 2, 2, width)
-    rows = cells[:, :, 0] + cells[:, :, 1]
-    return (0.25 * (rows[:, :, :, 0] + rows[:, :, :, 1])).view(batch, grid * grid // 4, width)

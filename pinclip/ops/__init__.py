@@ -7,6 +7,7 @@ plain torch; the truth), `tests/ops/test_STEM.py`.  docs/ops.md and docs/losses.
 from pinclip.ops.attention import QKNorm, attention
 from pinclip.ops.attention_pool import attention_pool
 from pinclip.ops.contrastive import contrastive_loss
+from pinclip.ops.funnel_pool import funnel_pool
 from pinclip.ops.fusion_pack import FusionLayout, fusion_pack
 from pinclip.ops.gated_residual_norm import gated_residual_norm
 from pinclip.ops.gelu import gelu
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "attention_pool",
     "contrastive_loss",
+    "funnel_pool",
     "fusion_pack",
     "gated_residual_norm",
     "gelu",

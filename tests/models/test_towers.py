@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from pinclip.models.image_tower import ImageTower, ImageTowerConfig, pool_grid
+from pinclip.models.image_tower import ImageTower, ImageTowerConfig
 from pinclip.models.text_tower import TextTower, TextTowerConfig
 
 SIZES = {"width": 64, "depth": 4, "heads": 4}
@@ -21,12 +20,6 @@ def test_funnel_stages(funnel, stages):
     features = ImageTower(config, 32)(torch.randn(2, 3, 64, 64))
     assert features.pooled.shape == (2, 32)
     assert [tuple(s.shape) for s in features.stages] == [(2, n, 64) for n in stages]
-
-
-def test_pool_grid_averages_neighbors():
-    x = torch.randn(3, 36, 5, dtype=torch.float64)
-    wanted = F.avg_pool2d(x.mT.reshape(3, 5, 6, 6), 2).flatten(2).mT
-    torch.testing.assert_close(pool_grid(x, 6), wanted)
 
 
 def test_attention_head_needs_no_projection_at_its_own_width():

@@ -100,7 +100,7 @@ def standardize_backward(grad, x_hat, rstd, D: tl.constexpr):
 # Compilations --------------------------------------------------------------------------------------------
 
 WIDTHS = (192, 768, 1024, 1152, 2048)  # of the model's configurations, and the widest
-_INTEGERS = ("n", "pins", "images", "texts", "num_fusion", "num_image", "num_text", "total", "part")
+_INTEGERS = ("n", "pins", "images", "texts", "num_fusion", "num_image", "num_text", "total", "part", "grid")
 
 
 def row_case(
