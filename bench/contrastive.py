@@ -240,7 +240,7 @@ def shape_of(
 
 
 _K = 1024
-_MATRYOSHKA = (64, 128, 256, 512)
+MATRYOSHKA = (64, 128, 256, 512)
 _CPU = {"dtype": "float32", "on": ("cpu",)}
 _QUICK = {(32 * _K, 256), (32 * _K, 512), (32 * _K, 1024), (128 * _K, 512)}
 
@@ -255,9 +255,11 @@ SHAPES = (
     shape_of(32731, 512, quick=True),
     shape_of(32 * _K, 512, m=4096),
     shape_of(32 * _K, 512, variant="neighbors", quick=True),
-    shape_of(32 * _K, 512, variant="matryoshka", dims=_MATRYOSHKA, quick=True),
+    shape_of(32 * _K, 512, variant="matryoshka", dims=MATRYOSHKA, quick=True),
     *(shape_of(n * _K, 256, 14.3, quick=n <= 8, **_CPU) for n in (1, 4, 8, 16)),
     *(shape_of(n * _K, 256, 14.3, modes=(BOTH,), **_CPU) for n in (32, 64)),
+    shape_of(4 * _K, 512, 14.3, **_CPU),
+    shape_of(4 * _K, 512, 14.3, variant="matryoshka", dims=MATRYOSHKA, **_CPU),
     shape_of(96, 16, 14.3, dtype="float32", on=(), tiny=True),
     shape_of(96, 32, 14.3, variant="matryoshka", dims=(8, 32), dtype="float32", on=(), tiny=True),
     shape_of(65, 16, 14.3, variant="neighbors", dtype="float32", on=(), tiny=True),

@@ -121,9 +121,12 @@ SHAPES = (
     shape_of(32731, 512),
     shape_of(32 * _K, 512, m=4096),
     shape_of(32 * _K, 512, variant="neighbors"),
-    shape_of(32 * _K, 512, variant="matryoshka", dims=(64, 128, 256, 512)),
+    shape_of(32 * _K, 512, variant="matryoshka", dims=contrastive.MATRYOSHKA),
     *(shape_of(n * _K, 256, 10.0, quick=n <= 8, **_CPU) for n in (1, 4, 8, 16)),
+    shape_of(4 * _K, 512, 10.0, **_CPU),
+    shape_of(4 * _K, 512, 10.0, variant="matryoshka", dims=contrastive.MATRYOSHKA, **_CPU),
     shape_of(96, 16, 10.0, dtype="float32", on=(), tiny=True),
+    shape_of(96, 32, 10.0, variant="matryoshka", dims=(8, 32), dtype="float32", on=(), tiny=True),
     shape_of(65, 16, 10.0, variant="neighbors", dtype="float32", on=(), tiny=True),
 )
 

@@ -12,14 +12,20 @@ from torch import Tensor
 
 from pinclip.ops._checks import without_autocast
 from pinclip.ops._pair_tiles import (
-    PairGradients,
     PairMasks,
     PairTiles,
     Tile,
+    mean_of_problems,
+    pair_gradients,
     runs_triton,
-    triton_problem,
+    triton_problems,
 )
-from pinclip.ops.pairs import Pairs, check_pair_arguments, coefficients, prefixes, scalar
+from pinclip.ops.pairs import (
+    Pairs,
+    check_pair_arguments,
+    coefficients,
+    scalar,
+)
 from pinclip.reference.pairs import compute_dtype
 
 _DIRECTIONS = ("symmetric", "rows", "columns")
@@ -52,7 +58,8 @@ def contrastive_loss(
     mean of both, from one computation of S. A row whose positives have total weight 0 has no loss; with
     empty_rows="error" it raises (unless its own weight is 0), which reads the device from the host.
     dims=(d1, d2, …): Matryoshka; every prefix x[:, :d], y[:, :d] is L2-normalised and the loss is the mean
-    of the prefix losses.
+    of the prefix losses, from one pass over x yᵀ for all of them; on a GPU only if they are distinct and
+    multiples of 64 (in fp32, and on all but sm_90, of 32), else one after the other in fp32.
 
     Args: x [M, D], y [N, D], fp32, bf16, fp16 or fp64, one device; scale 0-d tensor or float, > 0.
     Returns a scalar, fp32 (fp64 for fp64), with gradients for x, y and scale. Computed and accumulated in
@@ -61,7 +68,8 @@ def contrastive_loss(
     fp32 copies of x and y where they are not fp32. On a GPU (Triton from sm_80 on, not in fp64) everything is
     multiplied in the dtype of x and summed in fp32, and a chunk of R <= 8192 rows, R·N·itemsize <= 0.75 GiB,
     takes G [R, N] in that dtype, with lists of pairs a bit per pair, R·N/8 bytes of partial sums, 4·N·D bytes
-    of sums of dY and at most 36·R·D of dX.
+    of sums of dY and at most 36·R·D of dX. With P prefixes: on the CPU P + 1 tiles and O(P·(M + N)) more; on
+    a GPU P such G, for which R is smaller, and 4·N·Σ d bytes of sums of dY.
     Raises ValueError, naming the argument and its value.
 
     Source: InfoNCE, van den Oord et al., arXiv 1807.03748; in the symmetric form CLIP, Radford et al.,
@@ -97,10 +105,9 @@ def contrastive_loss(
         pairs.log_q_cols,
         pairs.log_q_rows,
         pairs.offset if pairs.indptr is None else None,
+        None if dims is None else sorted(dims),
     )
-    scale = scalar(scale, x, dtype)
-    losses = [_contrastive(x_d, y_d, scale, *constants)[0] for x_d, y_d in prefixes(x, y, dims)]
-    return losses[0] if dims is None else torch.stack(losses).mean()
+    return _contrastive(x, y, scalar(scale, x, dtype), *constants)[0]
 
 
 @torch.library.custom_op("pinclip::contrastive", mutates_args=())
@@ -121,8 +128,9 @@ def _contrastive(
     log_q_cols: Tensor | None,
     log_q_rows: Tensor | None,
     offset: int | None,
+    dims: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, row peak [M], row total [M], column peak [N], column total [N]).
+    """(loss, row peak [P, M], row total [P, M], column peak [P, N], column total [P, N]).
 
     Peak is about the greatest logit of a row or column in log 2 units, total the sum of 2^(logit - peak).
     *_entry [K] and *_segment [M] / [N] are `Coefficients`; None for a direction that is not asked for, whose
@@ -130,8 +138,8 @@ def _contrastive(
     """
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
     of = sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, scale.dtype)
-    s_K, statistics = softmax_statistics(x, y, scale, masks, offset, of)
-    return softmax_loss(s_K, statistics, masks, of), *(part for side in statistics for part in side)
+    s_PK, statistics = softmax_statistics(x, y, scale, masks, offset, of, dims)
+    return softmax_loss(s_PK, statistics, masks, of), *(part for side in statistics for part in side)
 
 
 @torch.library.custom_op("pinclip::contrastive_backward", mutates_args=())
@@ -157,6 +165,7 @@ def _contrastive_backward(
     log_q_cols: Tensor | None,
     log_q_rows: Tensor | None,
     offset: int | None,
+    dims: Sequence[int] | None,
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,14 +173,15 @@ def _contrastive_backward(
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
     of = sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows, scale.dtype)
     statistics = (row_peak, row_total), (col_peak, col_total)
-    return softmax_gradients(grad, statistics, x, y, scale, masks, offset, of, (need_x, need_y))
+    return softmax_gradients(grad, statistics, x, y, scale, masks, offset, of, (need_x, need_y), dims)
 
 
 @_contrastive.register_fake
-def _(x, y, scale, pos_rows, pos_cols, row_entry, row_segment, col_entry, col_segment, *_):
+def _(x, y, scale, pos_rows, pos_cols, row_entry, row_segment, col_entry, col_segment, *rest):
     rows = len(x) if row_entry is not None else 0
     cols = len(y) if col_entry is not None else 0
-    return (scale.new_empty(()), *(scale.new_empty(size) for size in (rows, rows, cols, cols)))
+    count = 1 if rest[-1] is None else len(rest[-1])
+    return (scale.new_empty(()), *(scale.new_empty((count, size)) for size in (rows, rows, cols, cols)))
 
 
 @_contrastive_backward.register_fake
@@ -186,7 +196,7 @@ def _(grad, row_peak, row_total, col_peak, col_total, x, y, scale, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    *tensors, ctx.offset = inputs
+    *tensors, ctx.offset, ctx.dims = inputs
     ctx.save_for_backward(*output[1:], *tensors)
 
 
@@ -195,7 +205,7 @@ def _backward(ctx, grad, *_):
     unread = (None,) * (len(ctx.needs_input_grad) - 3)
     if grad is None or not (need_x or need_y or need_scale):
         return (None, None, None, *unread)
-    dx, dy, dscale = _contrastive_backward(grad, *ctx.saved_tensors, ctx.offset, need_x, need_y)
+    dx, dy, dscale = _contrastive_backward(grad, *ctx.saved_tensors, ctx.offset, ctx.dims, need_x, need_y)
     return (dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *unread)
 
 
@@ -214,8 +224,8 @@ class Side(NamedTuple):
     log_q: Tensor | None
 
     def of_segments(self, values: Tensor, tile: Tile) -> Tensor:
-        """The part of a per-segment vector that stands in the tile."""
-        return values[tile.rows if self.dim == 1 else tile.cols]
+        """The part of a number per prefix and segment that stands in the tile."""
+        return values[tile.prefix, tile.rows if self.dim == 1 else tile.cols]
 
     def logits(self, tile: Tile, out: Tensor) -> Tensor:
         """S' = S - log_q of the tile, in `out` unless there is no log_q."""
@@ -236,12 +246,13 @@ def sides(row_entry, row_segment, col_entry, col_segment, log_q_cols, log_q_rows
     return side(1, row_entry, row_segment, log_q_cols), side(0, col_entry, col_segment, log_q_rows)
 
 
-def softmax_statistics(x, y, scale, masks: PairMasks, offset, sides):
-    """Logits of the listed positives [K], and (peak, total) of both sides: two vectors each, empty for a side
-    that is None. Log-sum-exp is peak + log2(total), in units of log 2. Statistics of a row over several
-    shards of columns merge by `merge_statistics`."""
+def softmax_statistics(x, y, scale, masks: PairMasks, offset, sides, dims):
+    """Logits of the listed positives [P, K], and (peak, total) of both sides, [P, M] and [P, N] each, empty
+    for a side that is None. P is 1 where dims is None; else S is that of the renormalised prefixes x[:, :d],
+    y[:, :d], d ascending. Log-sum-exp is peak + log2(total), in units of log 2. Statistics of a row over
+    several shards of columns merge by `merge_statistics`."""
     forward = _triton_statistics if runs_triton(x) else _tiled_statistics
-    return forward(x, y, scale, masks, offset, sides)
+    return forward(x, y, scale, masks, offset, sides, dims)
 
 
 def merge_statistics(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -251,25 +262,26 @@ def merge_statistics(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -
     return peak, one[1] * torch.exp2(one[0] - shift) + other[1] * torch.exp2(other[0] - shift)
 
 
-def softmax_loss(s_K, statistics, masks: PairMasks, sides) -> Tensor:
-    """The loss, from the logits of the listed positives and the statistics of the sides that are not None."""
-    loss = s_K.new_zeros(())
+def softmax_loss(s_PK, statistics, masks: PairMasks, sides) -> Tensor:
+    """The loss, the mean over prefixes, from the logits of the listed positives and the statistics of the
+    sides that are not None."""
+    loss = s_PK.new_zeros(())
     for side, (peak, total) in zip(sides, statistics):
         if side is None:
             continue
         segment_K, candidate_K = (masks.pos_rows, masks.pos_cols)[:: 1 if side.dim == 1 else -1]
-        target_K = s_K if side.log_q is None else s_K - side.log_q[candidate_K]
-        loss_K = (_finite(peak)[segment_K] - target_K + total.log2()[segment_K]) * side.entry_K
+        target_PK = s_PK if side.log_q is None else s_PK - side.log_q[candidate_K]
+        loss_PK = (_finite(peak)[:, segment_K] - target_PK + total.log2()[:, segment_K]) * side.entry_K
         # A dropped row may stand against a removed column: 0 · inf.
-        loss += torch.where(side.entry_K == 0, 0.0, loss_K).sum() / _LOG2_E
+        loss += torch.where(side.entry_K == 0, 0.0, loss_PK).sum() / (_LOG2_E * len(s_PK))
     return loss
 
 
-def softmax_gradients(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need):
+def softmax_gradients(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need, dims):
     """Gradients of x, y (empty where not needed) and scale, from a second pass over S. `statistics` are those
     over all columns (rows), so the gradient of x over several shards of columns is the sum of theirs."""
     backward = _triton_backward if runs_triton(x) else _tiled_backward
-    return backward(grad, statistics, x, y, scale, masks, offset, sides, need)
+    return backward(grad, statistics, x, y, scale, masks, offset, sides, need, dims)
 
 
 # The same by tiles in plain torch --------------------------------------------------------------------------
@@ -282,14 +294,10 @@ class _OnlineLogSumExp:
     probabilities of a segment at once, ten times that of plain torch in the gradient of scale.
     """
 
-    def __init__(self, side: Side, scratch: Tensor) -> None:
+    def __init__(self, side: Side, prefixes: int, scratch: Tensor) -> None:
         self.side, self.scratch = side, scratch
-        self.peak = torch.full_like(side.segment, -torch.inf)
-        self.total = torch.zeros_like(side.segment)
-
-    @property
-    def shift(self) -> Tensor:
-        return _finite(self.peak)
+        self.peak = side.segment.new_full((prefixes, len(side.segment)), -torch.inf)
+        self.total = torch.zeros_like(self.peak)
 
     def add(self, tile: Tile) -> None:
         dim = self.side.dim
@@ -309,32 +317,35 @@ def _finite(peak: Tensor) -> Tensor:
     return torch.where(peak.isinf(), 0.0, peak)
 
 
-def _tiles(x, y, scale, masks: PairMasks) -> PairTiles:
+def _tiles(x, y, scale, masks: PairMasks, dims) -> PairTiles:
     # Logits in units of log 2: torch's exp2 is 4 times as fast as its exp on a CPU, 10 times where it
     # underflows, and as accurate.
     scale_log2 = (scale.double() * _LOG2_E).to(scale.dtype)
-    return PairTiles(x.to(scale.dtype), y.to(scale.dtype), scale_log2, None, masks)
+    return PairTiles(x.to(scale.dtype), y.to(scale.dtype), scale_log2, None, masks, dims)
 
 
-def _tiled_statistics(x, y, scale, masks: PairMasks, offset, sides):
+def _tiled_statistics(x, y, scale, masks: PairMasks, offset, sides, dims):
     """Logits of the listed positives, and (peak, total) of both sides, from one pass over S."""
-    tiles = _tiles(x, y, scale, masks)
+    tiles = _tiles(x, y, scale, masks, dims)
+    prefixes = 1 if dims is None else len(dims)
     scratch = tiles.buffer()
-    sums = [None if side is None else _OnlineLogSumExp(side, scratch) for side in sides]
-    s_K = tiles.x.new_zeros(len(masks.pos_rows))
+    sums = [None if side is None else _OnlineLogSumExp(side, prefixes, scratch) for side in sides]
+    s_PK = tiles.x.new_zeros((prefixes, len(masks.pos_rows)))
     for tile in tiles:
-        s_K[tile.entries] = tile.s_RC.view(-1)[tile.at]
+        s_PK[tile.prefix, tile.entries] = tile.s_RC.view(-1)[tile.at]
         for each in sums:
             if each is not None:
                 each.add(tile)
-    nothing = s_K.new_empty(0), s_K.new_empty(0)
-    return s_K, [nothing if each is None else (each.peak, each.total) for each in sums]
+    nothing = s_PK.new_empty((prefixes, 0))
+    return s_PK, tuple(
+        (nothing, nothing.clone()) if each is None else (each.peak, each.total) for each in sums
+    )
 
 
-def _tiled_backward(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need):
+def _tiled_backward(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need, dims):
     """Gradients from a second pass over S: G = dL/dS of one tile at a time, dX += G·Y, dY += Gᵀ·X."""
-    tiles = _tiles(x, y, scale, masks)
-    sums = PairGradients(tiles, *need)
+    tiles = _tiles(x, y, scale, masks, dims)
+    sums = pair_gradients(tiles, need)
     asked = [_Probabilities(side, *s, tiles.buffer()) for side, s in zip(sides, statistics) if side]
     entry_K = sum(each.side.entry_K for each in asked)
     for tile in tiles:
@@ -361,25 +372,30 @@ class _Probabilities:
 
 
 @without_autocast
-def _triton_statistics(x, y, scale, masks: PairMasks, offset, sides):
+def _triton_statistics(x, y, scale, masks: PairMasks, offset, sides, dims):
     """`_tiled_statistics` on a GPU."""
     from pinclip_kernels.triton import contrastive as kernels
 
     with torch.cuda.device_of(x):
-        problem = triton_problem(x, y, masks, offset)
-        found = kernels.statistics(problem, kernels.in_log2(scale), *_directions(sides))
-    return found.listed_K, (found[1:3], found[3:])
+        found = [
+            kernels.statistics(problem, kernels.in_log2(scale), *_directions(sides))
+            for _, problem in triton_problems(x, y, masks, offset, dims)
+        ]
+    s_PK, *parts = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found))
+    return s_PK, (tuple(parts[:2]), tuple(parts[2:]))
 
 
 @without_autocast
-def _triton_backward(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need):
+def _triton_backward(grad, statistics, x, y, scale, masks: PairMasks, offset, sides, need, dims):
     """`_tiled_backward` on a GPU."""
     from pinclip_kernels.triton import contrastive as kernels
 
-    found = (part for side in statistics for part in side)
-    with torch.cuda.device_of(x):
-        problem = triton_problem(x, y, masks, offset)
+    def gradients_of(which, problem):
+        found = (part[which].contiguous() for side in statistics for part in side)
         return kernels.gradients(problem, scale, grad, *found, *_directions(sides), *need)
+
+    with torch.cuda.device_of(x):
+        return mean_of_problems(gradients_of, x, y, masks, offset, dims)
 
 
 def _directions(sides):

@@ -10,9 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pinclip.ops.l2_normalize import l2_normalize
-from pinclip.reference.pairs import compute_dtype
-
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -204,14 +201,6 @@ def scalar(value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(dtype)
     return torch.full((), value, dtype=dtype, device=like.device)
-
-
-def prefixes(x: Tensor, y: Tensor, dims: Sequence[int] | None) -> list[tuple[Tensor, Tensor]]:
-    """The pairs (x, y) whose losses are averaged: themselves, or their renormalised prefixes."""
-    if dims is None:
-        return [(x, y)]
-    x, y = x.to(compute_dtype(x)), y.to(compute_dtype(y))
-    return [(l2_normalize(x[:, :d]), l2_normalize(y[:, :d])) for d in dims]
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pinclip.ops._checks import without_autocast
-from pinclip.ops._pair_tiles import PairGradients, PairMasks, PairTiles, runs_triton, triton_problem
-from pinclip.ops.pairs import Pairs, check_pair_arguments, check_scalar, coefficients, prefixes, scalar
+from pinclip.ops._pair_tiles import PairMasks, PairTiles, mean_of_problems, pair_gradients, runs_triton
+from pinclip.ops.pairs import (
+    Pairs,
+    check_pair_arguments,
+    check_scalar,
+    coefficients,
+    scalar,
+)
 from pinclip.reference.pairs import compute_dtype
 
 
@@ -74,14 +80,12 @@ def sigmoid_loss(
         *pairs.known(),
         pairs.log_q_cols,
         pairs.offset if pairs.indptr is None else None,
+        None if dims is None else sorted(dims),
     )
     scale, bias = scalar(scale, x, dtype), scalar(bias, x, dtype)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale, bias))
-    losses = []
-    for x_d, y_d in prefixes(x, y, dims):
-        need = (wanted and x_d.requires_grad, wanted and y_d.requires_grad)
-        losses.append(_sigmoid(x_d, y_d, scale, bias, *constants, wanted, *need)[0])
-    return losses[0] if dims is None else torch.stack(losses).mean()
+    need = (wanted and x.requires_grad, wanted and y.requires_grad)
+    return _sigmoid(x, y, scale, bias, *constants, wanted, *need)[0]
 
 
 @torch.library.custom_op("pinclip::sigmoid", mutates_args=())
@@ -100,6 +104,7 @@ def _sigmoid(
     known_cols: Tensor | None,
     log_q_cols: Tensor | None,
     offset: int | None,
+    dims: Sequence[int] | None,
     need_grad: bool,
     need_x: bool,
     need_y: bool,
@@ -110,7 +115,7 @@ def _sigmoid(
     """
     masks = PairMasks(pos_rows, pos_cols, row_ids, col_ids, known_rows, known_cols)
     need = (need_x, need_y) if need_grad else None
-    return sigmoid_parts(x, y, scale, bias, masks, offset, entry, segment, log_q_cols, need)
+    return sigmoid_parts(x, y, scale, bias, masks, offset, entry, segment, log_q_cols, need, dims)
 
 
 @torch.library.custom_op("pinclip::sigmoid_backward", mutates_args=())
@@ -154,27 +159,27 @@ def _backward(ctx, grad, *_):
 _sigmoid.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sigmoid_parts(x, y, scale, bias, masks: PairMasks, offset, entry, segment, log_q_cols, need):
+def sigmoid_parts(x, y, scale, bias, masks: PairMasks, offset, entry, segment, log_q_cols, need, dims):
     """(loss, gradients of x, y, scale and bias) as of `_sigmoid`, without autograd. All five are sums over
     the columns, and so over shards of them."""
-    if runs_triton(x):
-        return _triton(x, y, scale, bias, masks, offset, entry, segment, log_q_cols, need)
-    return _tiled(x, y, scale, bias, masks, entry, segment, log_q_cols, need)
+    parts = _triton if runs_triton(x) else _tiled
+    return parts(x, y, scale, bias, masks, offset, entry, segment, log_q_cols, need, dims)
 
 
-def _tiled(x, y, scale, bias, masks: PairMasks, entry, segment, log_q_cols, need):
+def _tiled(x, y, scale, bias, masks: PairMasks, offset, entry, segment, log_q_cols, need, dims):
     """Loss, and where `need` = (need_x, need_y) is given the gradients, from one pass over S."""
-    tiles = PairTiles(x.to(scale.dtype), y.to(scale.dtype), scale, bias, masks)
+    tiles = PairTiles(x.to(scale.dtype), y.to(scale.dtype), scale, bias, masks, dims)
+    prefixes = 1 if dims is None else len(dims)
     log_q = None if log_q_cols is None else log_q_cols.to(scale.dtype)
-    sums = None if need is None else PairGradients(tiles, *need)
-    attract_K, repel_M = torch.zeros_like(entry), torch.zeros_like(segment)
+    sums = None if need is None else pair_gradients(tiles, need)
+    attract_PK, repel_M = entry.new_zeros((prefixes, len(entry))), torch.zeros_like(segment)
     dbias = torch.zeros_like(segment)
     for tile in tiles:
         s_RC = tile.s_RC if log_q is None else tile.s_RC.sub_(log_q[tile.cols])
         flat = s_RC.view(-1)
         away_K = -flat[tile.at]
         flat[tile.at] = -torch.inf  # the listed positives are no negatives
-        attract_K[tile.entries] = _softplus(away_K)
+        attract_PK[tile.prefix, tile.entries] = _softplus(away_K)
         repel_M[tile.rows] += _softplus(s_RC).sum(1)
         if sums is None:
             continue
@@ -184,11 +189,12 @@ def _tiled(x, y, scale, bias, masks: PairMasks, entry, segment, log_q_cols, need
         sums.add(tile, g_RC)
 
     # A dropped row may stand against a removed column: 0 · inf.
-    loss = torch.where(entry == 0, 0.0, entry * attract_K).sum() + (segment * repel_M).sum()
+    attract = torch.where(entry == 0, 0.0, entry * attract_PK).sum()
+    loss = (attract + (segment * repel_M).sum()) / prefixes
     if sums is None:
         return loss, x.new_empty(0), y.new_empty(0), loss.new_empty(0), loss.new_empty(0)
     gradients = sums.result(torch.ones_like(scale), scale, x.dtype)
-    return loss, *gradients, dbias.sum()
+    return loss, *gradients, dbias.sum() / prefixes
 
 
 def _softplus(s: Tensor) -> Tensor:
@@ -197,11 +203,16 @@ def _softplus(s: Tensor) -> Tensor:
 
 
 @without_autocast
-def _triton(x, y, scale, bias, masks: PairMasks, offset, entry, segment, log_q_cols, need):
+def _triton(x, y, scale, bias, masks: PairMasks, offset, entry, segment, log_q_cols, need, dims):
     """`_tiled` on a GPU."""
     from pinclip_kernels.triton import sigmoid as kernels
 
     log_q = None if log_q_cols is None else log_q_cols.to(scale.dtype)
+
+    def gradients_of(which, problem):
+        loss, *gradients = kernels.value_and_gradients(problem, scale, bias, segment, entry, log_q, need)
+        return *gradients, loss
+
     with torch.cuda.device_of(x):
-        problem = triton_problem(x, y, masks, offset)
-        return kernels.value_and_gradients(problem, scale, bias, segment, entry, log_q, need)
+        *gradients, loss = mean_of_problems(gradients_of, x, y, masks, offset, dims)
+    return loss, *gradients

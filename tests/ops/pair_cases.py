@@ -16,6 +16,21 @@ def embeddings(m, n, d=16, *, dtype=torch.float64, seed=0):
     return x.to(dtype), y.to(dtype)
 
 
+# Matryoshka prefixes of uneven_embeddings: not in order, one twice, none of all 24 features.
+PREFIXES = (8, 20, 16, 8)
+
+
+def uneven_embeddings(m, n, d=24, *, dtype=torch.float64, seed=0):
+    """Rows of all lengths; the first of x is zero, of the last of y the first third. In fp64 the middle row
+    of y is shorter than the eps of the norm."""
+    x, y = embeddings(m, n, d, seed=seed)
+    x, y = (t * torch.linspace(0.3, 3, len(t), dtype=t.dtype)[:, None] for t in (x, y))
+    x[0], y[-1, : d // 3] = 0, 0
+    if dtype == torch.float64:
+        y[n // 2] *= 1e-14
+    return x.to(dtype), y.to(dtype)
+
+
 def csr(lists):
     """CSR of a list of column lists."""
     indptr = torch.tensor([0, *(len(each) for each in lists)]).cumsum(0)

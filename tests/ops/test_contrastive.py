@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import open_clip.loss
 import pytest
 import torch
 from pair_cases import (
+    PREFIXES,
     SCALES,
     SIZES,
     Errors,
@@ -14,12 +16,20 @@ from pair_cases import (
     embeddings,
     leaves,
     pair_kinds,
+    uneven_embeddings,
     value_and_grads,
 )
 
 import pinclip.ops._pair_tiles as pair_tiles
-from pinclip.ops.contrastive import contrastive_loss
-from pinclip.ops.pairs import Pairs
+from pinclip.ops.contrastive import (
+    contrastive_loss,
+    merge_statistics,
+    sides,
+    softmax_gradients,
+    softmax_loss,
+    softmax_statistics,
+)
+from pinclip.ops.pairs import Pairs, coefficients
 from pinclip.reference.contrastive import contrastive_loss as reference
 
 DIRECTIONS = ("symmetric", "rows", "columns")
@@ -134,6 +144,96 @@ def test_normalizer_and_matryoshka(normalizer):
     assert_close([reference(*args, pairs, dims=(4, 8, 16), **options)], [fused(*args)])
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("tiles")
+def test_prefixes_equal_reference(kind, direction):
+    for m, n in [(1, 3), (65, 63), (64, 129), (129, 127)]:
+        options = {"pairs": pair_kinds(m, n)[kind], "direction": direction, "dims": PREFIXES}
+        args = (*uneven_embeddings(m, n), fp64(14.3))
+        ours, truth = (
+            value_and_grads(functools.partial(f, **options), *args) for f in (contrastive_loss, reference)
+        )
+        # The row below eps has a gradient of 1e12 times that of the others.
+        assert_close([ours[2][n // 2]], [truth[2][n // 2]], names=("y below eps",))
+        for each in (ours, truth):
+            each[2][n // 2] = 0
+        assert_close(ours, truth)
+        assert ours[1][0].abs().max() == 0 and ours[1][:, 20:].abs().max() == 0
+
+
+@pytest.mark.parametrize("d", [8, 24])
+def test_one_prefix_is_the_loss_of_normalised_vectors(d):
+    pairs = pair_kinds(30, 20)["all"]
+    args = (*(2 * t for t in embeddings(30, 20, 24)), fp64(14.3))
+
+    def normalised(x, y, scale):
+        unit = torch.nn.functional.normalize
+        return contrastive_loss(unit(x[:, :d]), unit(y[:, :d]), scale, pairs)
+
+    ours = value_and_grads(lambda *a: contrastive_loss(*a, pairs, dims=(d,)), *args)
+    assert_close(ours, value_and_grads(normalised, *args))
+
+
+@pytest.mark.parametrize("dims", [None, PREFIXES])
+@pytest.mark.parametrize("kind", ["negative_offset", "all"])
+def test_shards_of_columns_add_up(kind, dims):
+    """The parts of the loss from two shards of columns are those from all columns."""
+    m, n, cut = 50, 70, 30
+    (x, y), scale, grad = embeddings(m, n, 24), fp64(14.3), fp64(0.7)
+    pairs = pair_kinds(m, n)[kind]
+    listed = pairs.positives(m, n, x.device)
+    masks = pair_tiles.PairMasks(listed.rows_K, listed.cols_K, pairs.row_ids, pairs.col_ids, *pairs.known())
+    options = {"normalizer": None, "share": 0.5, "normalize_entries": True, "empty": "zero", "dtype": x.dtype}
+    rows = coefficients(listed.rows_K, listed.weights_K, pairs.row_weights, m, **options)
+    cols = coefficients(listed.cols_K, listed.weights_K, pairs.col_weights, n, **options)
+    whole = sides(*rows, *cols, pairs.log_q_cols, pairs.log_q_rows, x.dtype)
+    offset = pairs.offset if pairs.indptr is None else None
+
+    shards = []
+    for first, last in ((0, cut), (cut, n)):
+        of_rows, of_cols = whole
+        q = None if of_rows.log_q is None else of_rows.log_q[first:last]
+        part = of_rows._replace(log_q=q), of_cols._replace(segment=of_cols.segment[first:last])
+        from_here = None if offset is None else offset - first
+        shards.append((y[first:last], scale, masks.of_columns(first, last), from_here, part))
+
+    found = [softmax_statistics(x, *shard, dims) for shard in shards]
+    (s_one, (row_one, col_one)), (s_two, (row_two, col_two)) = found
+    s_PK = torch.where(listed.cols_K < cut, s_one, s_two)
+    of_rows = merge_statistics(row_one, row_two)
+    of_cols = tuple(torch.cat(each, 1) for each in zip(col_one, col_two))
+    loss = softmax_loss(s_PK, (of_rows, of_cols), masks, whole)
+    gradients = [
+        softmax_gradients(grad, (of_rows, col), x, *shard, (True, True), dims)
+        for col, shard in zip((col_one, col_two), shards)
+    ]
+    (dx_one, dy_one, dscale_one), (dx_two, dy_two, dscale_two) = gradients
+    expected = value_and_grads(lambda *a: contrastive_loss(*a, pairs, dims=dims), x, y, scale)
+    assert_close([loss, dx_one + dx_two, torch.cat([dy_one, dy_two]), dscale_one + dscale_two], expected)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_error_of_prefixes_is_at_most_twice_that_of_plain_torch(scale, monkeypatch):
+    monkeypatch.setattr(pair_tiles, "TILE", (64, 64))
+    m, n, dims = 129, 127, (25, 50, 100)
+    for dtype in (torch.float32, torch.bfloat16):
+        errors = Errors()
+        for seed in range(8):
+            x, y = embeddings(m, n, 100, dtype=dtype, seed=seed)
+            s = torch.tensor(scale)
+            pairs = cast(pair_kinds(m, n)["all"], torch.float32)
+            exact = cast(pairs, torch.float64)
+            errors.add(
+                value_and_grads(lambda *a, p=pairs: contrastive_loss(*a, p, dims=dims), x, y, s),
+                value_and_grads(lambda *a, p=pairs: reference(*a, p, dims=dims), x, y, s),
+                value_and_grads(
+                    lambda *a, p=exact: reference(*a, p, dims=dims), x.double(), y.double(), s.double()
+                ),
+            )
+        errors.check(torch.finfo(dtype).eps)
+
+
 def test_equals_reference_across_tiles_of_the_real_size():
     m, n = 1100, 1030
     x, y = embeddings(m, n, 8)
@@ -217,10 +317,12 @@ def test_repeatable_bit_for_bit(monkeypatch):
     monkeypatch.setattr(pair_tiles, "TILE", (64, 64))
     x, y = embeddings(200, 190, dtype=torch.float32)
     pairs = cast(pair_kinds(200, 190)["all"], torch.float32)
-    first, second = (
-        value_and_grads(lambda *a: contrastive_loss(*a, pairs), x, y, torch.tensor(50.0)) for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for dims in (None, (4, 16)):
+        first, second = (
+            value_and_grads(lambda *a, d=dims: contrastive_loss(*a, pairs, dims=d), x, y, torch.tensor(50.0))
+            for _ in range(2)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 # Hard inputs ----------------------------------------------------------------------------------------------
@@ -264,13 +366,14 @@ def test_nothing_is_positive():
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dims", [None, (2, 16)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nan_and_inf_propagate_as_in_the_reference(poison, direction):
+def test_nan_and_inf_propagate_as_in_the_reference(poison, direction, dims):
     x, y = embeddings(70, 70)
     x[5, 2] = poison
     ours, truth = (
-        value_and_grads(lambda *a, f=f: f(*a, Pairs(), direction=direction), x, y, fp64(3.0))
+        value_and_grads(lambda *a, f=f: f(*a, Pairs(), direction=direction, dims=dims), x, y, fp64(3.0))
         for f in (contrastive_loss, reference)
     )
     assert not ours[0].isfinite()
@@ -306,18 +409,21 @@ def test_non_contiguous_and_half_inputs():
 def test_only_what_is_asked_for_gets_a_gradient():
     x, y = embeddings(9, 9)
     full = value_and_grads(contrastive_loss, x, y, fp64(3.0), upstream=1.0)
+    prefixes = value_and_grads(lambda *a: contrastive_loss(*a, dims=(4, 8)), x, y, fp64(3.0), upstream=1.0)
     for which in range(3):
         inputs = [x, y, fp64(3.0)]
         inputs[which] = inputs[which].clone().requires_grad_()
         (grad,) = torch.autograd.grad(contrastive_loss(*inputs), inputs[which])
         assert_close([grad], [full[1 + which]])
+        (grad,) = torch.autograd.grad(contrastive_loss(*inputs, dims=(4, 8)), inputs[which])
+        assert_close([grad], [prefixes[1 + which]])
     assert not contrastive_loss(x, y, 3.0).requires_grad
 
 
 # torch.library, torch.compile, autocast -------------------------------------------------------------------
 
 
-def _operands(kind, direction):
+def _operands(kind, direction, dims):
     """Arguments of the raw op, as the public function calls it."""
     seen = []
     x, y = leaves(*embeddings(6, 7, 8, dtype=torch.float32))
@@ -330,15 +436,16 @@ def _operands(kind, direction):
             return func(*args, **(kwargs or {}))
 
     with Spy():
-        contrastive_loss(x, y, torch.tensor(5.0), pairs, direction=direction)
+        contrastive_loss(x, y, torch.tensor(5.0), pairs, direction=direction, dims=dims)
     arguments = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in seen[0]]
     arguments[:3] = leaves(*arguments[:3])
     return arguments
 
 
+@pytest.mark.parametrize("dims", [None, (8, 4)])
 @pytest.mark.parametrize("kind,direction", [("diagonal", "symmetric"), ("all", "columns"), ("csr", "rows")])
-def test_opcheck(kind, direction):
-    arguments = _operands(kind, direction)
+def test_opcheck(kind, direction, dims):
+    arguments = _operands(kind, direction, dims)
     torch.library.opcheck(torch.ops.pinclip.contrastive.default, arguments)
     with torch.no_grad():
         loss, *lse = torch.ops.pinclip.contrastive(*arguments)

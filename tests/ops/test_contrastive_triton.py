@@ -1,6 +1,15 @@
 import pytest
 import torch
-from pair_cases import assert_close, cast, csr, embeddings, leaves, pair_kinds, value_and_grads
+from pair_cases import (
+    assert_close,
+    cast,
+    csr,
+    embeddings,
+    leaves,
+    pair_kinds,
+    uneven_embeddings,
+    value_and_grads,
+)
 from triton_cases import assert_as_exact, assert_within_budget, interpret, use_kernels
 
 import pinclip.ops.contrastive as op
@@ -170,12 +179,65 @@ def check_autocast_does_not_lower_the_precision():
     assert all(torch.equal(a, b) for a, b in zip(mixed, plain))
 
 
+# Taken together: whole blocks of 64 features, not all of D. Taken one by one: no whole blocks; one twice.
+PREFIXES = [
+    *(((192, 64, 128), "all", direction) for direction in DIRECTIONS),
+    ((64, 192), "negative_offset", "symmetric"),
+    ((64,), "all", "symmetric"),
+    ((20, 100), "all", "symmetric"),
+    ((64, 64), "all", "columns"),
+]
+
+
+@pytest.mark.usefixtures("pointers")
+@pytest.mark.parametrize("dims,kind,direction", PREFIXES, ids=str)
+def check_prefixes(dims, kind, direction):
+    x, y = uneven_embeddings(70, 150, 200, dtype=torch.float16)
+    compare(x, y, 14.3, pair_kinds(70, 150)[kind], direction=direction, dims=dims)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def check_error_of_prefixes(scale, dtype):
+    compare(
+        *uneven_embeddings(129, 127, 128, dtype=dtype), scale, pair_kinds(129, 127)["all"], dims=(64, 128)
+    )
+
+
+@pytest.mark.usefixtures("pointers")
+@pytest.mark.parametrize("scale", [100.0, 300.0])
+def check_prefixes_far_below_the_rest_of_a_tile(scale):
+    """As above; tiles are taken again for the second prefix and not for the first."""
+    x, y = embeddings(70, 70, 64, dtype=torch.float32)
+    y = torch.nn.functional.normalize(y + 3 * x[0], dim=1)
+    x[1:] = torch.nn.functional.normalize(x[1:] - x[0], dim=1)
+    before = embeddings(70, 70, 64, dtype=torch.float32, seed=1)
+    x, y = (torch.cat([0.05 * one, other], 1) for one, other in zip(before, (x, y)))
+    indptr, indices = csr([[i] if i else [] for i in range(70)])
+    for args in ((x, y), (y, x)):
+        compare(*args, scale, Pairs(indptr=indptr, indices=indices), dims=(64, 128))
+
+
+@pytest.mark.usefixtures("pointers")
+def check_chunks_do_not_matter_to_prefixes(monkeypatch):
+    from pinclip_kernels.triton import _pair_tile, contrastive
+
+    x, y = embeddings(200, 130, 128, dtype=torch.float32)
+    whole = compare(x, y, 14.3, pair_kinds(200, 130)["all"], dims=(64, 128))
+    monkeypatch.setattr(contrastive, "_STATISTICS_ROWS", 128)
+    monkeypatch.setattr(_pair_tile.ChunkGradients, "_ROWS", 64)
+    cut = compare(x, y, 14.3, pair_kinds(200, 130)["all"], dims=(64, 128))
+    assert_close(cut, whole, rtol=1e-6)
+
+
 @pytest.mark.usefixtures("kernels")
 def check_matryoshka_strides_and_repeatability():
-    x, y = embeddings(70, 66, 24, dtype=torch.float16)
+    x, y = embeddings(70, 66, 128, dtype=torch.float16)
     pairs = pair_kinds(70, 66)["all"]
-    first, second = (compare(x, y, 14.3, pairs, dims=(8, 20)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for dims in ((8, 20), (64, 128)):
+        first, second = (compare(x, y, 14.3, pairs, dims=dims) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
     first = compare(x, y, 14.3, pairs)
     spread = compare(torch.stack([x, x], 2)[..., 0], y.T.contiguous().T, 14.3, pairs)
     assert all(torch.equal(a, b) for a, b in zip(first, spread))
@@ -190,6 +252,9 @@ COMPILED = [
     ("gradient_kernel/shared/all/bf16", 90),
     ("gradient_kernel/shared/all/bf16", 80),
     ("gradient_kernel/shared/all/fp32", 90),
+    ("statistics_kernel/shared/prefixes_all/bf16", 90),
+    ("gradient_kernel/shared/prefixes_all/bf16", 90),
+    ("gradient_kernel/shared/prefixes_all/bf16", 80),
 ]
 
 
@@ -249,6 +314,15 @@ class TestGpu:
         x, y, pairs = self.problem(n, n, d)
         compare(x, y, 14.3, pairs)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize("kind", ["diagonal", "all"])
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize("dims", [(64, 128, 256, 512), (100, 512), (64, 192)], ids=str)
+    def test_prefixes(self, dims, direction, kind, dtype):
+        x, y, pairs = self.problem(1000, 1003, 512, dtype, kind)
+        for scale in (14.3, 100.0):
+            compare(x, y, scale, pairs, direction=direction, dims=dims)
+
     @pytest.mark.parametrize("d", [512, 768, 1152])
     def test_ragged_and_large(self, d):
         """Against the tiles in fp64, as the reference does not fit."""
@@ -263,11 +337,12 @@ class TestGpu:
         plain[1:3] = (each.to(x.dtype) for each in plain[1:3])
         assert_as_exact(ours, plain, truth)
 
-    def test_repeats_bit_for_bit(self):
+    @pytest.mark.parametrize("dims", [None, (64, 512)])
+    def test_repeats_bit_for_bit(self, dims):
         x, y, pairs = self.problem(5000, 5003, 512, kind="all")
         scale = torch.tensor(100.0, device="cuda")
         first, *others = (
-            value_and_grads(lambda *a: contrastive_loss(*a, pairs), x, y, scale) for _ in range(5)
+            value_and_grads(lambda *a: contrastive_loss(*a, pairs, dims=dims), x, y, scale) for _ in range(5)
         )
         for other in others:
             assert all(torch.equal(a, b) for a, b in zip(first, other))
@@ -294,13 +369,14 @@ class TestGpu:
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, step()))
 
-    def test_does_not_wait_for_the_gpu(self):
+    @pytest.mark.parametrize("dims", [None, (64, 512)])
+    def test_does_not_wait_for_the_gpu(self, dims):
         x, y, pairs = self.problem(1000, 1003, 512, kind="all")
         scale = torch.tensor(14.3, device="cuda")
-        value_and_grads(lambda *a: contrastive_loss(*a, pairs), x, y, scale)
+        value_and_grads(lambda *a: contrastive_loss(*a, pairs, dims=dims), x, y, scale)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            value_and_grads(lambda *a: contrastive_loss(*a, pairs), x, y, scale)
+            value_and_grads(lambda *a: contrastive_loss(*a, pairs, dims=dims), x, y, scale)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -1,7 +1,10 @@
+import functools
+
 import open_clip.loss
 import pytest
 import torch
 from pair_cases import (
+    PREFIXES,
     SCALES,
     SIZES,
     Errors,
@@ -11,12 +14,13 @@ from pair_cases import (
     embeddings,
     leaves,
     pair_kinds,
+    uneven_embeddings,
     value_and_grads,
 )
 
 import pinclip.ops._pair_tiles as pair_tiles
-from pinclip.ops.pairs import Pairs
-from pinclip.ops.sigmoid import sigmoid_loss
+from pinclip.ops.pairs import Pairs, coefficients
+from pinclip.ops.sigmoid import sigmoid_loss, sigmoid_parts
 from pinclip.reference.sigmoid import sigmoid_loss as reference
 
 KINDS = list(pair_kinds(3, 3))
@@ -121,6 +125,85 @@ def test_normalizer_and_matryoshka():
     assert_close([reference(*args, pairs, dims=(4, 8, 16), normalizer=3.5)], [fused(*args)])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("tiles")
+def test_prefixes_equal_reference(kind):
+    for m, n in [(1, 3), (65, 63), (64, 129), (129, 127)]:
+        options = {"pairs": pair_kinds(m, n)[kind], "dims": PREFIXES}
+        args = (*uneven_embeddings(m, n), fp64(14.3), fp64(BIAS))
+        ours, truth = (
+            value_and_grads(functools.partial(f, **options), *args) for f in (sigmoid_loss, reference)
+        )
+        # The row below eps has a gradient of 1e12 times that of the others.
+        assert_close([ours[2][n // 2]], [truth[2][n // 2]], names=("y below eps",))
+        for each in (ours, truth):
+            each[2][n // 2] = 0
+        assert_close(ours, truth)
+        assert ours[1][0].abs().max() == 0 and ours[1][:, 20:].abs().max() == 0
+
+
+@pytest.mark.parametrize("d", [8, 24])
+def test_one_prefix_is_the_loss_of_normalised_vectors(d):
+    pairs = pair_kinds(30, 20)["all"]
+    args = (*(2 * t for t in embeddings(30, 20, 24)), fp64(14.3), fp64(BIAS))
+
+    def normalised(x, y, *rest):
+        unit = torch.nn.functional.normalize
+        return sigmoid_loss(unit(x[:, :d]), unit(y[:, :d]), *rest, pairs)
+
+    ours = value_and_grads(lambda *a: sigmoid_loss(*a, pairs, dims=(d,)), *args)
+    assert_close(ours, value_and_grads(normalised, *args))
+
+
+@pytest.mark.parametrize("dims", [None, PREFIXES])
+@pytest.mark.parametrize("kind", ["negative_offset", "all"])
+def test_shards_of_columns_add_up(kind, dims):
+    """The parts of the loss from two shards of columns are those from all columns."""
+    m, n, cut = 50, 70, 30
+    (x, y), scalars = embeddings(m, n, 24), (fp64(14.3), fp64(BIAS))
+    pairs = pair_kinds(m, n)[kind]
+    listed = pairs.positives(m, n, x.device)
+    masks = pair_tiles.PairMasks(listed.rows_K, listed.cols_K, pairs.row_ids, pairs.col_ids, *pairs.known())
+    options = {
+        "normalizer": None,
+        "share": 1.0,
+        "normalize_entries": False,
+        "empty": "zero",
+        "dtype": x.dtype,
+    }
+    entry_K, segment_M = coefficients(listed.rows_K, listed.weights_K, pairs.row_weights, m, **options)
+    found = []
+    for first, last in ((0, cut), (cut, n)):
+        here = masks.of_columns(first, last)
+        entries = torch.where(here.pos_rows < 0, 0.0, entry_K)
+        offset = pairs.offset - first if pairs.indptr is None else None
+        log_q = None if pairs.log_q_cols is None else pairs.log_q_cols[first:last]
+        problem = (x, y[first:last], *scalars, here, offset, entries, segment_M, log_q)
+        found.append(sigmoid_parts(*problem, (True, True), dims))
+    loss, dx, dy, *rest = (torch.cat(each) if i == 2 else sum(each) for i, each in enumerate(zip(*found)))
+    expected = value_and_grads(lambda *a: sigmoid_loss(*a, pairs, dims=dims), x, y, *scalars, upstream=1.0)
+    assert_close([loss, dx, dy, *rest], expected)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_error_of_prefixes_is_at_most_twice_that_of_plain_torch(scale, monkeypatch):
+    monkeypatch.setattr(pair_tiles, "TILE", (64, 64))
+    m, n, dims = 129, 127, (25, 50, 100)
+    for dtype in (torch.float32, torch.bfloat16):
+        errors = Errors()
+        for seed in range(8):
+            args = (*embeddings(m, n, 100, dtype=dtype, seed=seed), torch.tensor(scale), torch.tensor(BIAS))
+            pairs = cast(pair_kinds(m, n)["all"], torch.float32)
+            exact = cast(pairs, torch.float64)
+            wide = [a.double() for a in args]
+            errors.add(
+                value_and_grads(lambda *a, p=pairs: sigmoid_loss(*a, p, dims=dims), *args),
+                value_and_grads(lambda *a, p=pairs: reference(*a, p, dims=dims), *args),
+                value_and_grads(lambda *a, p=exact: reference(*a, p, dims=dims), *wide),
+            )
+        errors.check(torch.finfo(dtype).eps)
+
+
 def test_equals_open_clip():
     x, y = embeddings(70, 70, 32)
     args = (x, y, fp64(14.3), fp64(-10.0))
@@ -214,12 +297,15 @@ def test_nothing_is_positive():
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dims", [None, (2, 16)])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nan_and_inf_propagate_as_in_the_reference(poison):
+def test_nan_and_inf_propagate_as_in_the_reference(poison, dims):
     x, y = embeddings(70, 70)
     x[5, 2] = poison
     args = (x, y, fp64(3.0), fp64(BIAS))
-    ours, truth = (value_and_grads(f, *args) for f in (sigmoid_loss, lambda *a: reference(*a, Pairs())))
+    ours, truth = (
+        value_and_grads(lambda *a, f=f: f(*a, Pairs(), dims=dims), *args) for f in (sigmoid_loss, reference)
+    )
     assert not ours[0].isfinite()
     for a, e in zip(ours, truth):
         assert torch.equal(a.isfinite(), e.isfinite())
@@ -239,18 +325,22 @@ def test_removed_items_get_no_gradient_and_change_nothing():
 
 def test_only_what_is_asked_for_gets_a_gradient():
     x, y = embeddings(9, 9)
-    full = value_and_grads(sigmoid_loss, x, y, fp64(3.0), fp64(BIAS), upstream=1.0)
+    args = x, y, fp64(3.0), fp64(BIAS)
+    full = value_and_grads(sigmoid_loss, *args, upstream=1.0)
+    prefixes = value_and_grads(lambda *a: sigmoid_loss(*a, dims=(4, 8)), *args, upstream=1.0)
     for which in range(4):
         inputs = [x, y, fp64(3.0), fp64(BIAS)]
         inputs[which] = inputs[which].clone().requires_grad_()
         (grad,) = torch.autograd.grad(sigmoid_loss(*inputs), inputs[which])
         assert_close([grad], [full[1 + which]])
+        (grad,) = torch.autograd.grad(sigmoid_loss(*inputs, dims=(4, 8)), inputs[which])
+        assert_close([grad], [prefixes[1 + which]])
     assert not sigmoid_loss(x, y, 3.0, BIAS).requires_grad
     with torch.no_grad():
         assert_close([sigmoid_loss(*leaves(x, y, fp64(3.0)), BIAS)], full)
 
 
-def _operands(kind):
+def _operands(kind, dims):
     """Arguments of the raw op, as the public function calls it."""
     seen = []
     x, y = leaves(*embeddings(6, 7, 8, dtype=torch.float32))
@@ -263,15 +353,16 @@ def _operands(kind):
             return func(*args, **(kwargs or {}))
 
     with Spy():
-        sigmoid_loss(x, y, torch.tensor(5.0), torch.tensor(BIAS), pairs)
+        sigmoid_loss(x, y, torch.tensor(5.0), torch.tensor(BIAS), pairs, dims=dims)
     arguments = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in seen[0]]
     arguments[:4] = leaves(*arguments[:4])
     return arguments
 
 
+@pytest.mark.parametrize("dims", [None, (8, 4)])
 @pytest.mark.parametrize("kind", ["diagonal", "all"])
-def test_opcheck(kind):
-    arguments = _operands(kind)
+def test_opcheck(kind, dims):
+    arguments = _operands(kind, dims)
     torch.library.opcheck(torch.ops.pinclip.sigmoid.default, arguments)
     with torch.no_grad():
         plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments[:-3]]

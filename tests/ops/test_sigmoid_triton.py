@@ -1,6 +1,15 @@
 import pytest
 import torch
-from pair_cases import assert_close, cast, csr, embeddings, leaves, pair_kinds, value_and_grads
+from pair_cases import (
+    assert_close,
+    cast,
+    csr,
+    embeddings,
+    leaves,
+    pair_kinds,
+    uneven_embeddings,
+    value_and_grads,
+)
 from triton_cases import assert_as_exact, assert_within_budget, interpret, use_kernels
 
 import pinclip.ops.sigmoid as op
@@ -150,12 +159,48 @@ def check_autocast_does_not_lower_the_precision():
     assert all(torch.equal(a, b) for a, b in zip(mixed, plain))
 
 
+# Taken together: whole blocks of 64 features, not all of D. Taken one by one: no whole blocks; one twice.
+PREFIXES = [(192, 64, 128), (64,), (20, 100), (64, 64)]
+
+
+@pytest.mark.usefixtures("pointers")
+@pytest.mark.parametrize("kind", ["negative_offset", "all"])
+@pytest.mark.parametrize("dims", PREFIXES, ids=str)
+def check_prefixes(dims, kind):
+    x, y = uneven_embeddings(70, 150, 200, dtype=torch.float16)
+    pairs = pair_kinds(70, 150)[kind]
+    whole = compare(x, y, 14.3, pairs, dims=dims)
+    value = sigmoid_loss(x, y, 14.3, BIAS, cast(pairs, torch.float32), dims=dims)
+    assert_close([value], whole, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def check_error_of_prefixes(scale, dtype):
+    x, y = uneven_embeddings(129, 127, 128, dtype=dtype)
+    compare(x, y, scale, pair_kinds(129, 127)["all"], dims=(64, 128))
+
+
+@pytest.mark.usefixtures("pointers")
+def check_chunks_do_not_matter_to_prefixes(monkeypatch):
+    from pinclip_kernels.triton import _pair_tile, sigmoid
+
+    x, y = embeddings(200, 130, 128, dtype=torch.float32)
+    whole = compare(x, y, 14.3, pair_kinds(200, 130)["all"], dims=(64, 128))
+    monkeypatch.setattr(sigmoid, "_VALUE_ROWS", 64)
+    monkeypatch.setattr(_pair_tile.ChunkGradients, "_ROWS", 64)
+    cut = compare(x, y, 14.3, pair_kinds(200, 130)["all"], dims=(64, 128))
+    assert_close(cut, whole, rtol=1e-6)
+
+
 @pytest.mark.usefixtures("kernels")
 def check_matryoshka_strides_and_repeatability():
-    x, y = embeddings(70, 66, 24, dtype=torch.float16)
+    x, y = embeddings(70, 66, 128, dtype=torch.float16)
     pairs = pair_kinds(70, 66)["all"]
-    first, second = (compare(x, y, 14.3, pairs, dims=(8, 20)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for dims in ((8, 20), (64, 128)):
+        first, second = (compare(x, y, 14.3, pairs, dims=dims) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
     first = compare(x, y, 14.3, pairs)
     spread = compare(torch.stack([x, x], 2)[..., 0], y.T.contiguous().T, 14.3, pairs)
     assert all(torch.equal(a, b) for a, b in zip(first, spread))
@@ -164,13 +209,23 @@ def check_matryoshka_strides_and_repeatability():
 # Compiled for a GPU that is not there ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind,arch", [("bf16", 90), ("bf16", 80), ("fp32", 90)])
-def test_compiles_within_budget(kind, arch):
+COMPILED = [
+    ("all/bf16", 90, 0),
+    ("all/bf16", 80, 0),
+    ("all/fp32", 90, 0),
+    ("prefixes_plain/bf16", 90, 0),
+    ("prefixes_all/bf16", 90, 3),  # between the products of two prefixes, in which nothing spills
+    ("prefixes_all/bf16", 80, 0),
+]
+
+
+@pytest.mark.parametrize("variant,arch,spills", COMPILED)
+def test_compiles_within_budget(variant, arch, spills):
     from pinclip_kernels.triton.sigmoid import compile_cases
 
-    name = f"_sigmoid_kernel/gradient/all/{kind}/sm_{arch}"
+    name = f"_sigmoid_kernel/gradient/{variant}/sm_{arch}"
     (case,) = (each for each in compile_cases() if each.name == name)
-    assert_within_budget(case, arch)
+    assert_within_budget(case, arch, spills)
 
 
 def test_cases_cover_the_launch_table():
@@ -224,6 +279,14 @@ class TestGpu:
         x, y, pairs = self.problem(n, n, d)
         compare(x, y, 14.3, pairs)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize("kind", ["diagonal", "all"])
+    @pytest.mark.parametrize("dims", [(64, 128, 256, 512), (100, 512), (64, 192)], ids=str)
+    def test_prefixes(self, dims, kind, dtype):
+        x, y, pairs = self.problem(1000, 1003, 512, dtype, kind)
+        for scale in (14.3, 100.0):
+            compare(x, y, scale, pairs, dims=dims)
+
     @pytest.mark.parametrize("d", [512, 768, 1152])
     def test_ragged_and_large(self, d):
         """Against the tiles in fp64, as the reference does not fit."""
@@ -235,10 +298,13 @@ class TestGpu:
         plain[1:3] = (each.to(x.dtype) for each in plain[1:3])
         assert_as_exact(ours, plain, truth)
 
-    def test_repeats_bit_for_bit(self):
+    @pytest.mark.parametrize("dims", [None, (64, 512)])
+    def test_repeats_bit_for_bit(self, dims):
         x, y, pairs = self.problem(5000, 5003, 512, kind="all")
         args = x, y, *self.scalars(100.0)
-        first, *others = (value_and_grads(lambda *a: sigmoid_loss(*a, pairs), *args) for _ in range(5))
+        first, *others = (
+            value_and_grads(lambda *a: sigmoid_loss(*a, pairs, dims=dims), *args) for _ in range(5)
+        )
         for other in others:
             assert all(torch.equal(a, b) for a, b in zip(first, other))
 
@@ -264,13 +330,14 @@ class TestGpu:
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, step()))
 
-    def test_does_not_wait_for_the_gpu(self):
+    @pytest.mark.parametrize("dims", [None, (64, 512)])
+    def test_does_not_wait_for_the_gpu(self, dims):
         x, y, pairs = self.problem(1000, 1003, 512, kind="all")
         args = x, y, *self.scalars(14.3)
-        value_and_grads(lambda *a: sigmoid_loss(*a, pairs), *args)
+        value_and_grads(lambda *a: sigmoid_loss(*a, pairs, dims=dims), *args)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            value_and_grads(lambda *a: sigmoid_loss(*a, pairs), *args)
+            value_and_grads(lambda *a: sigmoid_loss(*a, pairs, dims=dims), *args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

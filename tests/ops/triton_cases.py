@@ -41,8 +41,8 @@ def use_kernels(monkeypatch, op, descriptors=False, block=32):
     is allocated and not written holds NaN."""
     from pinclip_kernels.triton import _pair_tile
 
-    whole = _pair_tile.tile_config(torch.bfloat16, 90 if descriptors else 80)
-    monkeypatch.setattr(_pair_tile, "tile_config", lambda dtype, arch: whole.shrunk(block, 128, 64))
+    whole = _pair_tile.tile_config(torch.bfloat16, 90 if descriptors else 80, False)
+    monkeypatch.setattr(_pair_tile, "tile_config", lambda *_: whole.shrunk(block, 128, 64))
     monkeypatch.setattr(op, "runs_triton", lambda x: x.dtype != torch.float64)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)

@@ -7,7 +7,10 @@ Shape suffixes: M rows (x), N columns (y), D features, K listed positives, R row
 """
 
 import copy
+import functools
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -100,10 +103,28 @@ _FLOAT_80 = replace(
 )
 
 
-def tile_config(dtype: torch.dtype, arch: int) -> TileConfig:
+_HALF_90_PREFIXES = replace(
+    _HALF_90,
+    block_m=64,
+    warps=4,
+    programs=2,
+    reason="""Compiled. The sums of a tile outlive the epilogue of a prefix, which needs registers beside
+    them: a thread holds 64 sums with at most 3 spills, 128 not. Two programs per SM, so that the epilogues of
+    one, P times those of a whole row, run under the products of the other.""",
+)
+_HALF_80_PREFIXES = replace(
+    _HALF_80,
+    block_m=64,
+    reason="""Compiled. As on sm_90: with 128 sums a thread the gradients spill up to 200 registers.""",
+)
+
+
+def tile_config(dtype: torch.dtype, arch: int, prefixed: bool) -> TileConfig:
     """The row of the launch table. D does not enter: the loop over it is dynamic."""
     if dtype == torch.float32:
         return _FLOAT_90 if arch == 90 else _FLOAT_80
+    if prefixed:
+        return _HALF_90_PREFIXES if arch == 90 else _HALF_80_PREFIXES
     return _HALF_90 if arch == 90 else _HALF_80
 
 
@@ -130,8 +151,11 @@ def tile_place(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 def tile_products(
     x,
     y,
+    acc,
     row0,
     col0,
+    first,
+    last,
     m,
     n,
     d,
@@ -141,13 +165,13 @@ def tile_products(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x[row0 : row0 + BLOCK_M] · y[col0 : col0 + BLOCK_N]ᵀ in fp32; what lies beyond x or y is undefined.
+    """acc + x[row0 : row0 + BLOCK_M] · y[col0 : col0 + BLOCK_N]ᵀ over the features first … last - 1, in fp32;
+    what lies beyond x or y is undefined.
 
     x, y are tensor descriptors of [BLOCK, BLOCK_K], or pointers to contiguous rows of d features.
     """
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DESCRIPTORS:
-        for k in tl.range(0, d, BLOCK_K):
+        for k in tl.range(first, last, BLOCK_K):
             acc = tl.dot(x.load([row0, k]), y.load([col0, k]).T, acc, input_precision=PRECISION)
     else:
         # Rows beyond the end are read from the last one: no mask, nothing out of bounds.
@@ -155,12 +179,58 @@ def tile_products(
         cols = tl.minimum(col0 + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
         features = tl.arange(0, BLOCK_K)
         x_rows, y_rows = x + rows[:, None] * d, y + cols[:, None] * d
-        for k in tl.range(0, d, BLOCK_K):
+        for k in tl.range(first, last, BLOCK_K):
             here = (k + features < d)[None, :]
             a = tl.load(x_rows + (k + features)[None, :], mask=here, other=0.0)
             b = tl.load(y_rows + (k + features)[None, :], mask=here, other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def tile_steps(tiles, prefixes, PREFIXED: tl.constexpr):
+    """(first, last, stride) of a persistent program's steps: its tiles, or all prefixes of each of its tiles
+    one after the other."""
+    first, last, stride = tl.program_id(0), tiles, tl.num_programs(0)
+    if PREFIXED:
+        first, last, stride = 0, tl.cdiv(tiles - first, stride) * prefixes, 1
+    return first, last, stride
+
+
+@triton.jit
+def tile_step(step, prefixes, PREFIXED: tl.constexpr):
+    """(tile, prefix) of a step."""
+    t, p = step, 0
+    if PREFIXED:
+        t, p = tl.program_id(0) + step // prefixes * tl.num_programs(0), step % prefixes
+    return t, p
+
+
+@triton.jit
+def tile_features(p, bounds, d, ADDS: tl.constexpr, PREFIXED: tl.constexpr):
+    """(first, last) of the features of prefix p, with ADDS of those that it adds to the one before it. bounds
+    are in units of 8, so that the compiler knows that every block is aligned."""
+    first, last = 0, d
+    if PREFIXED:
+        last = tl.load(bounds + p + 1) * 8
+    if ADDS:
+        first = tl.load(bounds + p) * 8
+    return first, last
+
+
+@triton.jit
+def tile_inverse(inverse, p, size, first, BLOCK: tl.constexpr):
+    """One over the norms of prefix p from row `first` on, of inverse [P, size]; 0 beyond."""
+    at = first + tl.arange(0, BLOCK)
+    return tl.load(inverse + p * size + at, mask=at < size, other=0.0)
+
+
+@triton.jit
+def tile_times_inverse(tile, inverse_x, inverse_y, p, row0, col0, m, n):
+    """A block of products of prefix p made cosines, or its gradient made that of the products."""
+    inverse_m = tile_inverse(inverse_x, p, m, row0, tile.shape[0])
+    inverse_n = tile_inverse(inverse_y, p, n, col0, tile.shape[1])
+    return tile * inverse_m[:, None] * inverse_n[None, :]
 
 
 @triton.jit
@@ -218,7 +288,7 @@ def _half(tile, HALF: tl.constexpr):
 # The listed pairs ----------------------------------------------------------------------------------------
 
 _LIST_BLOCK = 256
-_INTEGERS = ["entries", "first_row", "last_row", "words", "stride", "d8"]
+_INTEGERS = ["entries", "first_row", "last_row", "words", "stride", "d8", "first", "last"]
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -242,17 +312,19 @@ def _place_kernel(rows, cols, values, g, entries, first_row, last_row, stride, B
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def _listed_products_kernel(x, y, rows, cols, out, entries, d8, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def _listed_products_kernel(
+    x, y, rows, cols, out, entries, d8, first, last, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.maximum(tl.load(rows + at, mask=at < entries, other=0), 0)
     col = tl.maximum(tl.load(cols + at, mask=at < entries, other=0), 0)
     d = d8 * 8
     x_rows, y_rows = x + row[:, None] * d, y + col[:, None] * d
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for k in range(0, d, BLOCK_D):
+    for k in range(first, last, BLOCK_D):
         features = k + tl.arange(0, BLOCK_D)[None, :]
-        a = tl.load(x_rows + features, mask=features < d, other=0.0).to(tl.float32)
-        b = tl.load(y_rows + features, mask=features < d, other=0.0).to(tl.float32)
+        a = tl.load(x_rows + features, mask=features < last, other=0.0).to(tl.float32)
+        b = tl.load(y_rows + features, mask=features < last, other=0.0).to(tl.float32)
         total = tl.fma(a, b, total)
     tl.store(out + at, tl.sum(total, 1), mask=at < entries)
 
@@ -295,13 +367,24 @@ class Listed(NamedTuple):
     def _grid(self, block: int) -> tuple[int]:
         return (triton.cdiv(len(self.rows_K), block),)
 
-    def products(self, x: Tensor, y: Tensor) -> Tensor:
-        """x_row · y_col of every pair in fp32 [K], anything for those not there; x, y `aligned`."""
+    def products(self, x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
+        """x_row · y_col over the features first … last - 1 of every pair in fp32 [K], anything for those not
+        there; x, y `aligned`."""
         out_K = x.new_empty(len(self.rows_K), dtype=torch.float32)
         if len(out_K):
             block, block_d = _PRODUCTS_BLOCK
             _listed_products_kernel[self._grid(block)](
-                x, y, self.rows_K, self.cols_K, out_K, len(out_K), x.shape[1] // 8, block, block_d
+                x,
+                y,
+                self.rows_K,
+                self.cols_K,
+                out_K,
+                len(out_K),
+                x.shape[1] // 8,
+                first,
+                last,
+                block,
+                block_d,
             )
         return out_K
 
@@ -336,10 +419,31 @@ class Listed(NamedTuple):
 _PRODUCTS_BLOCK = 16, 128
 
 
+class Prefixes(NamedTuple):
+    """Matryoshka: the losses of the rows of x[:, :d] and y[:, :d], renormalised, for every d of `ends`.
+
+    ends: ascending; inverse_x [P, M], inverse_y [P, N] fp32: one over the norms of the rows, 0 for a row that
+    is to be left out. subtract_radial_(dx, inner_PM, x, inverse_PM) takes
+    x[part p] · Σ_{q ≥ p} inverse_q² inner_q out of dx, part p being the features that prefix p adds.
+    """
+
+    ends: list[int]
+    inverse_x: Tensor
+    inverse_y: Tensor
+    subtract_radial_: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+def takes_prefixes(x: Tensor, dims: Sequence[int]) -> bool:
+    """Whether the kernels take these prefixes of x together: distinct, and whole blocks of features."""
+    block = tile_config(x.dtype, architecture(x.device), True).block_k
+    return len(set(dims)) == len(dims) and all(d % block == 0 for d in dims)
+
+
 class PairProblem:
     """x, y and the pairs that are no negatives, made ready for the kernels of a chunk of rows.
 
-    x [M, D], y [N, D] of one dtype; offset: the positives are the pairs (i, i + offset), None: any. No
+    x [M, D], y [N, D] of one dtype; offset: the positives are the pairs (i, i + offset), None: any.
+    prefixes: those for which `takes_prefixes`, None: the loss is that of x and y themselves, P = 1. No
     synchronisation with the host. Extra memory: 4 (M + N) bytes with ids, N/8 bytes per row of a chunk
     with lists, and copies of x and y only where they are not `aligned`.
     """
@@ -352,10 +456,12 @@ class PairProblem:
         offset: int | None,
         ids: tuple[Tensor, Tensor] | None,
         known: Listed | None,
-        config: TileConfig | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.x, self.y, self.positives, self.d = aligned(x), aligned(y), positives, x.shape[1]
-        self.config = config or tile_config(x.dtype, architecture(x.device))
+        self.config = tile_config(x.dtype, architecture(x.device), prefixes is not None)
+        self.prefixes = prefixes
+        self.ends = [self.x.shape[1]] if prefixes is None else prefixes.ends
         # No column is row + N: then the positives are no diagonal.
         self.offset = len(y) if offset is None or not -len(x) < offset < len(y) else offset
         self.lists = tuple(
@@ -364,6 +470,9 @@ class PairProblem:
         self.ids = None if ids is None else compact_ids(*ids)
         self.nothing = torch.zeros(1, device=x.device)  # stands for a tensor that is not given
         self.no_bits = torch.zeros(1, dtype=torch.int32, device=x.device)
+        self.bounds = self.no_bits
+        if prefixes is not None:
+            self.bounds = _on_device([0, *(d // 8 for d in self.ends)], x.device)
 
     def turned(self) -> "PairProblem":
         """The problem with rows and columns exchanged."""
@@ -372,6 +481,9 @@ class PairProblem:
         other.offset = len(self.x) if self.offset == len(self.y) else -self.offset
         other.lists = tuple(each.turned() for each in self.lists)
         other.ids = None if self.ids is None else self.ids[::-1]
+        if self.prefixes is not None:
+            inverse = {"inverse_x": self.prefixes.inverse_y, "inverse_y": self.prefixes.inverse_x}
+            other.prefixes = self.prefixes._replace(**inverse)
         return other
 
     def chunks(self, most: int) -> list[tuple[int, int]]:
@@ -400,6 +512,28 @@ class PairProblem:
         """G of a chunk as the kernels take it, which store a quarter of a tile at a time."""
         return self._block(g_RN, self.config.block_m, self.config.block_n // 4)
 
+    def listed_products(self) -> Tensor:
+        """x_row · y_col of the listed positives [P, K] in fp32, of prefixes the cosines."""
+        products_PK = torch.stack(
+            [self.positives.products(self.x, self.y, *part) for part in zip([0, *self.ends], self.ends)]
+        )
+        if self.prefixes is None:
+            return products_PK
+        return products_PK.cumsum(0) * self.listed_inverse()
+
+    def listed_inverse(self) -> Tensor | float:
+        """Derivative of the cosines of the listed positives by their products [P, K]."""
+        if self.prefixes is None:
+            return 1.0
+        rows_K, cols_K = self.positives
+        return self.prefixes.inverse_x[:, rows_K] * self.prefixes.inverse_y[:, cols_K]
+
+    def greatest_inverse(self) -> Tensor | float:
+        """A bound of the same for all pairs."""
+        if self.prefixes is None:
+            return 1.0
+        return (self.prefixes.inverse_x.amax(1) * self.prefixes.inverse_y.amax(1)).max()
+
     def _block(self, matrix: Tensor, rows: int, cols: int):
         return TensorDescriptor.from_tensor(matrix, [rows, cols]) if self.config.descriptors else matrix
 
@@ -410,13 +544,23 @@ class PairProblem:
             "row_ids": row_ids,
             "col_ids": col_ids,
             "bits": self._bits(chunk),
+            "inverse_x": self.nothing if self.prefixes is None else self.prefixes.inverse_x,
+            "inverse_y": self.nothing if self.prefixes is None else self.prefixes.inverse_y,
+            "bounds": self.bounds,
             "m": len(self.x),
             "n": len(self.y),
             "d8": self.x.shape[1] // 8,
             "first_row": chunk[0],
             "last_row": chunk[1],
             "offset": self.offset,
-            **tile_constants(self.config, self.x.dtype, ids=self.ids is not None, lists=bool(self.lists)),
+            "prefixes": len(self.ends),
+            **tile_constants(
+                self.config,
+                self.x.dtype,
+                ids=self.ids is not None,
+                lists=bool(self.lists),
+                prefixed=self.prefixes is not None,
+            ),
             "num_warps": self.config.warps,
             "num_stages": self.config.stages,
         }
@@ -432,43 +576,91 @@ class PairProblem:
         return bits
 
 
+def _on_device(values: list[int], device: torch.device) -> Tensor:
+    """int32 values, without a copy from the host."""
+    return torch.cat([torch.full((1,), value, dtype=torch.int32, device=device) for value in values])
+
+
 class ChunkGradients:
     """dX = factor · G·y and dY = factor · Gᵀ·x from G chunk by chunk, in the dtype of x, summed in fp32.
 
+    Of prefixes, G [R, P·width] holds one G after the other, of the products before they are renormalised, and
+    dX = factor · Σ_p G_p·y[:, :d_p], less what the norms change, for which `add_inner` is told ⟨G_p, cos_p⟩.
+
     The products are the BLAS's (fp32 ones follow torch.backends.cuda.matmul). G of a chunk has at most 8192
-    rows and 0.75 GiB; beside it stand 4·N·D bytes of sums of dY and 4·(P + 1)·R·D of dX of the chunk in
-    P <= 8 parts.
+    rows and 0.75 GiB; beside it stand 4·N·Σ_p d_p bytes of sums of dY and 4·(8 + 1)·R·D of dX of the chunk.
     """
 
     _BYTES, _ROWS = 3 * 2**28, 8192
 
     def __init__(self, problem: PairProblem, factor: Tensor, need_x: bool, need_y: bool) -> None:
         self.problem, self.factor, self.need_x, self.need_y = problem, factor, need_x, need_y
-        x = problem.x
-        self.dx = x.new_empty(x.shape if need_x else 0)
-        self.dy = None
+        x, prefixes = problem.x, problem.prefixes
+        whole = problem.ends[-1] == x.shape[1]  # features that no prefix has get zero
+        self.dx = (x.new_empty if whole else x.new_zeros)(x.shape if need_x else 0)
+        self.dy: list[Tensor | None] = [None] * len(problem.ends)
+        if prefixes is not None:
+            self.inner_x = torch.zeros_like(prefixes.inverse_x, dtype=torch.float64)
+            self.inner_y = torch.zeros_like(prefixes.inverse_y, dtype=torch.float64)
         self.width = problem.tiles((0, 1))[1] * problem.config.block_n
-        most = self._BYTES // (self.width * x.element_size())
+        most = self._BYTES // (len(problem.ends) * self.width * x.element_size())
         self.chunks = problem.chunks(min(self._ROWS, most))
-        self.buffer = x.new_empty((self.chunks[0][1], self.width))
+        self.buffer = x.new_empty((self.chunks[0][1], len(problem.ends) * self.width))
 
     def __iter__(self):
-        """(chunk, its G [R, width] to be filled) one after the other; what was filled in is added up."""
-        x, y = self.problem.x, self.problem.y
+        """(chunk, its G [R, P · width] to be filled) one after the other; what was filled in is added up."""
+        problem, n = self.problem, len(self.problem.y)
         for first, last in self.chunks:
             g = self.buffer[: last - first]
             yield (first, last), g
-            g_RN = g[:, : len(y)]
+            x, dx = problem.x[first:last], None
+            for p, d in reversed(list(enumerate(problem.ends))):
+                g_RN = self.of_prefix(g, p)[:, :n]
+                if self.need_x:
+                    product = _product_in_parts(g_RN, problem.y[:, :d])
+                    dx = product if dx is None else _add_narrower(dx, product)
+                if self.need_y:
+                    self.dy[p] = _add_product(self.dy[p], g_RN.T, x[:, :d])
             if self.need_x:
-                torch.mul(_product_in_parts(g_RN, y), self.factor, out=self.dx[first:last])
-            if self.need_y:
-                self.dy = _add_product(self.dy, g_RN.T, x[first:last])
+                if problem.prefixes is not None:
+                    inverse = problem.prefixes.inverse_x[:, first:last]
+                    problem.prefixes.subtract_radial_(dx, self.inner_x[:, first:last], x, inverse)
+                torch.mul(dx, self.factor, out=self.dx[first:last, : dx.shape[1]])
+
+    def of_prefix(self, g: Tensor, p: int) -> Tensor:
+        """The columns of prefix p."""
+        return g[:, p * self.width : (p + 1) * self.width]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """dX [M, D], dY [N, D]; empty where not needed."""
-        d = self.problem.d
-        dy = (self.dy.mul_(self.factor) if self.need_y else self.dx.new_empty(0)).to(self.dx.dtype)
-        return tuple(each[..., :d].contiguous() if each.dim() == 2 else each for each in (self.dx, dy))
+        y, d, dtype = self.problem.y, self.problem.d, self.dx.dtype
+        dx = self.dx[:, :d].contiguous() if self.need_x else self.dx
+        if not self.need_y:
+            return dx, self.dx.new_empty(0)
+        dy = functools.reduce(_add_narrower, reversed(self.dy))
+        if self.problem.prefixes is not None:
+            of = self.problem.prefixes
+            of.subtract_radial_(dy, self.inner_y, y, of.inverse_y)
+        dy = dy.mul_(self.factor).to(dtype)
+        return dx, F.pad(dy, (0, d - dy.shape[1])) if dy.shape[1] < d else dy[:, :d].contiguous()
+
+    def add_inner(self, chunk: tuple[int, int], rows_PTR: Tensor, cols_PTN: Tensor) -> None:
+        """⟨G, cos⟩ of every row of a chunk and tile of columns, and of every column and tile of rows."""
+        self.inner_x[:, slice(*chunk)] += rows_PTR.sum(1, dtype=torch.float64)
+        self.inner_y += cols_PTN.sum(1, dtype=torch.float64)
+
+    def add_listed_inner(self, values_PK: Tensor) -> None:
+        """The same of the listed positives, 0 for those not there. Sums are taken in fp64, so that the order
+        of the additions leaves no trace."""
+        if self.problem.prefixes is not None:
+            for inner, at_K in zip((self.inner_x, self.inner_y), self.problem.positives):
+                inner.index_add_(1, at_K.clamp_min(0), values_PK.double())
+
+
+def _add_narrower(total: Tensor, other: Tensor) -> Tensor:
+    """total + other in place of total; other has the first of its columns."""
+    total[:, : other.shape[1]] += other
+    return total
 
 
 def _wide(a: Tensor) -> bool:
@@ -502,13 +694,14 @@ def _product_in_parts(g_RN: Tensor, y: Tensor) -> Tensor:
 
 # Compilations --------------------------------------------------------------------------------------------
 
-TILE_INTEGERS = ["m", "n", "d8", "first_row", "last_row", "offset"]
+TILE_INTEGERS = ["m", "n", "d8", "first_row", "last_row", "offset", "prefixes"]
 
 
-def tile_constants(config: TileConfig, dtype: torch.dtype, *, ids: bool, lists: bool) -> dict:
+def tile_constants(config: TileConfig, dtype: torch.dtype, *, ids: bool, lists: bool, prefixed: bool) -> dict:
     return {
         "IDS": ids,
         "LISTS": lists,
+        "PREFIXED": prefixed,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -522,22 +715,23 @@ def tile_constants(config: TileConfig, dtype: torch.dtype, *, ids: bool, lists: 
 
 def tile_cases(kernel, variants: dict[str, dict], features: tuple[str, ...]) -> list[CompileCase]:
     """Cases of a tile kernel: every row of the launch table and every variant (name -> constants), with the
-    masks and the `features` all off and all on.
+    masks and the `features` all off and all on, with and without prefixes.
 
     Each of them is an addition to one epilogue, so what lies between needs no more registers than all on.
     """
     cases = []
-    for dtype, arch in _ROWS:
-        config, kind = tile_config(dtype, arch), TYPES[dtype]
+    for (dtype, arch), prefixed in itertools.product(_ROWS, (False, True)):
+        config, kind = tile_config(dtype, arch, prefixed), TYPES[dtype]
         for name, constants in variants.items():
             for on in (False, True):
                 constexprs = {
-                    **tile_constants(config, dtype, ids=on, lists=on),
+                    **tile_constants(config, dtype, ids=on, lists=on, prefixed=prefixed),
                     **dict.fromkeys(features, on),
                     **constants,
                 }
+                of = ("prefixes_" if prefixed else "") + ("all" if on else "plain")
                 case = CompileCase(
-                    name="/".join([kernel.__name__, name, "all" if on else "plain", kind, f"sm_{arch}"]),
+                    name="/".join([kernel.__name__, name, of, kind, f"sm_{arch}"]),
                     kernel=kernel,
                     signature={a: _argument_type(a, config, kind, constexprs) for a in kernel.arg_names},
                     constexprs=constexprs,
@@ -566,7 +760,7 @@ def _argument_type(name: str, config: TileConfig, kind: str, constexprs: dict) -
         return f"tensordesc<{kind}{list(blocks[name])}>" if config.descriptors else f"*{kind}"
     if name in TILE_INTEGERS:
         return "i32"
-    return "*i32" if name in ("row_ids", "col_ids", "bits", "again") else "*fp32"
+    return "*i32" if name in ("row_ids", "col_ids", "bits", "bounds", "again") else "*fp32"
 
 
 def listed_cases() -> list[CompileCase]:

@@ -40,10 +40,15 @@ from pinclip_kernels.triton._pair_tile import (
     listed_cases,
     plain_case,
     tile_cases,
+    tile_features,
+    tile_inverse,
     tile_mask,
     tile_place,
     tile_products,
     tile_quarter,
+    tile_step,
+    tile_steps,
+    tile_times_inverse,
 )
 
 # How a tile is taken: rows alone; rows and columns from shared exponentials; rows and columns apart.
@@ -99,16 +104,21 @@ def _statistics_kernel(
     row_ids,
     col_ids,
     bits,
+    inverse_x,
+    inverse_y,
+    bounds,
     m,
     n,
     d8,
     first_row,
     last_row,
     offset,
+    prefixes,
     MODE: tl.constexpr,
     LOGQ: tl.constexpr,
     IDS: tl.constexpr,
     LISTS: tl.constexpr,
+    PREFIXED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -117,24 +127,50 @@ def _statistics_kernel(
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(peak, total) of every row, [tiles of columns, R], and every column, [tiles of rows, N], of each tile.
+    """(peak, total) of every row, [P, tiles of columns, R], and every column, [P, tiles of rows, N], of each
+    tile; without prefixes P = 1.
 
-    SHARED reads q = 2^(least_q - log_q) and sets `again` of tiles whose sums are not exact; APART takes those
-    again, and it and ROWS read q = log_q.
+    SHARED reads q = 2^(least_q - log_q) and sets `again` [P, tiles] of tiles whose sums are not exact; APART
+    takes those again, and it and ROWS read q = log_q.
     """
     d = d8 * 8  # so the compiler knows that every row is aligned
     tl.assume(d > 0)
     tiles_m, tiles_n = tl.cdiv(last_row - first_row, BLOCK_M), tl.cdiv(n, BLOCK_N)
     s_scale = tl.load(scale)
     flatten: tl.constexpr = FLATTEN and MODE != _APART
-    for t in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=flatten):
+    adds: tl.constexpr = PREFIXED and MODE != _APART  # a prefix to the products of the one before it
+    if adds:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    steps = tile_steps(tiles_m * tiles_n, prefixes, PREFIXED)
+    for step in tl.range(steps[0], steps[1], steps[2], flatten=flatten):
+        t, p = tile_step(step, prefixes, PREFIXED)
         wanted = True
         if MODE == _APART:
-            wanted = tl.load(again + t) != 0
+            wanted = tl.load(again + p * (tiles_m * tiles_n) + t) != 0
         if wanted:
             at_m, at_n = tile_place(t, tiles_m, tiles_n, GROUP)
             row0, col0 = first_row + at_m * BLOCK_M, at_n * BLOCK_N
-            acc = tile_products(x, y, row0, col0, m, n, d, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION)
+            first, last = tile_features(p, bounds, d, adds, PREFIXED)
+            before = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if adds:
+                before = tl.where(p == 0, before, acc)
+            acc = tile_products(
+                x,
+                y,
+                before,
+                row0,
+                col0,
+                first,
+                last,
+                m,
+                n,
+                d,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                DESCRIPTORS,
+                PRECISION,
+            )
             rows = row0 + tl.arange(0, BLOCK_M)
             in_m = rows < last_row
             q_m = tl.load(q_rows + rows, mask=in_m, other=0.0) if LOGQ else 0.0
@@ -143,12 +179,20 @@ def _statistics_kernel(
             if MODE == _SHARED:
                 # Masked pairs count, which spares a mask: they can only make a tile be taken again. A whole
                 # number, as least_q is: their difference is exact.
-                peak = _finite(tl.ceil(tl.max(tl.max(acc, 1), 0) * s_scale))
+                if PREFIXED:
+                    of_n = tl.max(acc * tile_inverse(inverse_x, p, m, row0, BLOCK_M)[:, None], 0)
+                    greatest = tl.max(of_n * tile_inverse(inverse_y, p, n, col0, BLOCK_N), 0)
+                else:
+                    greatest = tl.max(tl.max(acc, 1), 0)
+                peak = _finite(tl.ceil(greatest * s_scale))
 
             for quarter in tl.static_range(4):
                 quarter0 = col0 + quarter * (BLOCK_N // 4)
+                s_quarter = tile_quarter(acc, quarter)
+                if PREFIXED:
+                    s_quarter = tile_times_inverse(s_quarter, inverse_x, inverse_y, p, row0, quarter0, m, n)
                 s_quarter = tile_mask(
-                    tile_quarter(acc, quarter),
+                    s_quarter,
                     row0,
                     quarter0,
                     last_row,
@@ -176,24 +220,26 @@ def _statistics_kernel(
                     if LOGQ:
                         peak_n -= tl.load(least_q + 1)
                     inexact_n = (total_n > _LEAST_TOTAL) == 0  # of a NaN, too
-                    tl.store(again + t + tl.zeros_like(cols), 1, mask=inexact_n & in_n)
+                    tl.store(
+                        again + p * (tiles_m * tiles_n) + t + tl.zeros_like(cols), 1, mask=inexact_n & in_n
+                    )
                 else:
                     of_m = _log_sum(s_quarter, s_scale, q_n, 1, LOGQ)
                     peak_m, total_m = _combined(peak_m, total_m, of_m[0], of_m[1])
                 if MODE == _APART:
                     peak_n, total_n = _log_sum(s_quarter, s_scale, q_m, 0, LOGQ)
                 if MODE != _ROWS:
-                    to_n = at_m.to(tl.int64) * n + cols
+                    to_n = (p * tiles_m + at_m).to(tl.int64) * n + cols
                     tl.store(col_peak + to_n, peak_n, mask=in_n)
                     tl.store(col_total + to_n, total_n, mask=in_n)
 
             if MODE == _SHARED:
                 inexact_m = (total_m > _LEAST_TOTAL) == 0
-                tl.store(again + t + tl.zeros_like(rows), 1, mask=inexact_m & in_m)
+                tl.store(again + p * (tiles_m * tiles_n) + t + tl.zeros_like(rows), 1, mask=inexact_m & in_m)
                 peak_m = tl.zeros([BLOCK_M], tl.float32) + peak
                 if LOGQ:
                     peak_m -= tl.load(least_q)
-            to_m = at_n.to(tl.int64) * (last_row - first_row) + (rows - first_row)
+            to_m = (p * tiles_n + at_n).to(tl.int64) * (last_row - first_row) + (rows - first_row)
             tl.store(row_peak + to_m, peak_m, mask=in_m)
             tl.store(row_total + to_m, total_m, mask=in_m)
 
@@ -260,19 +306,25 @@ def _gradient_kernel(
     q_cols,
     q_rows,
     inner,
+    inner_cols,
     row_ids,
     col_ids,
     bits,
+    inverse_x,
+    inverse_y,
+    bounds,
     m,
     n,
     d8,
     first_row,
     last_row,
     offset,
+    prefixes,
     MODE: tl.constexpr,
     LOGQ: tl.constexpr,
     IDS: tl.constexpr,
     LISTS: tl.constexpr,
+    PREFIXED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -281,8 +333,9 @@ def _gradient_kernel(
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G [R, tiles of columns · BLOCK_N] of the negatives, zero elsewhere; and ⟨G, x yᵀ⟩ of every row of a
-    tile, [tiles of columns, R].
+    """G [R, P · tiles of columns · BLOCK_N] of the negatives, zero elsewhere; and ⟨G, x yᵀ⟩ of every row of a
+    tile, [P, tiles of columns, R]. Without prefixes P = 1; with them x yᵀ are cosines, G is that of the
+    products of what is not renormalised, and inner_cols [P, tiles of rows, N] the same of every column.
 
     With E = 2^(scale · acc - q_cols - row_shift) it is E · row_factor (ROWS), E · (row_factor + row_ratio ·
     col_ratio) (SHARED), or E · row_factor + 2^(scale · acc - q_rows - col_shift) · col_factor (APART, only in
@@ -291,27 +344,57 @@ def _gradient_kernel(
     d = d8 * 8  # so the compiler knows that every row is aligned
     tl.assume(d > 0)
     tiles_m, tiles_n = tl.cdiv(last_row - first_row, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    width = tiles_n * BLOCK_N * (prefixes if PREFIXED else 1)
     s_scale = tl.load(scale)
     flatten: tl.constexpr = FLATTEN and MODE != _APART
-    for t in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=flatten):
+    adds: tl.constexpr = PREFIXED and MODE != _APART  # a prefix to the products of the one before it
+    if adds:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    steps = tile_steps(tiles_m * tiles_n, prefixes, PREFIXED)
+    for step in tl.range(steps[0], steps[1], steps[2], flatten=flatten):
+        t, p = tile_step(step, prefixes, PREFIXED)
         at_m, at_n = tile_place(t, tiles_m, tiles_n, GROUP)
         row0, col0 = first_row + at_m * BLOCK_M, at_n * BLOCK_N
         wanted = True
         if MODE == _APART:
-            difference = tl.load(row_high + row0 // BLOCK_M) - tl.load(col_low + at_n)
+            high = tl.load(row_high + p * tl.cdiv(m, BLOCK_M) + row0 // BLOCK_M)
+            difference = high - tl.load(col_low + p * tiles_n + at_n)
             wanted = (difference <= _MOST_RANGE) == 0  # NaN is wanted
         if wanted:
-            acc = tile_products(x, y, row0, col0, m, n, d, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION)
+            first, last = tile_features(p, bounds, d, adds, PREFIXED)
+            before = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if adds:
+                before = tl.where(p == 0, before, acc)
+            acc = tile_products(
+                x,
+                y,
+                before,
+                row0,
+                col0,
+                first,
+                last,
+                m,
+                n,
+                d,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                DESCRIPTORS,
+                PRECISION,
+            )
             rows = row0 + tl.arange(0, BLOCK_M)
             in_m = rows < last_row
-            shift_m = tl.load(row_shift + rows, mask=in_m, other=0.0)
-            factor_m = tl.load(row_factor + rows, mask=in_m, other=0.0)
-            ratio_m = tl.load(row_ratio + rows, mask=in_m, other=0.0) if MODE == _SHARED else 0.0
+            of_m, of_n, place0 = p * m, p * n, p * (tiles_n * BLOCK_N)
+            shift_m = tl.load(row_shift + of_m + rows, mask=in_m, other=0.0)
+            factor_m = tl.load(row_factor + of_m + rows, mask=in_m, other=0.0)
+            ratio_m = tl.load(row_ratio + of_m + rows, mask=in_m, other=0.0) if MODE == _SHARED else 0.0
             q_m = tl.load(q_rows + rows, mask=in_m, other=0.0) if MODE == _APART and LOGQ else 0.0
             inner_m = tl.zeros([BLOCK_M], tl.float32)
             for quarter in tl.static_range(4):
                 s_quarter = tile_quarter(acc, quarter)
                 quarter0 = col0 + quarter * (BLOCK_N // 4)
+                if PREFIXED:
+                    s_quarter = tile_times_inverse(s_quarter, inverse_x, inverse_y, p, row0, quarter0, m, n)
                 s_quarter = tile_mask(
                     s_quarter,
                     row0,
@@ -337,24 +420,29 @@ def _gradient_kernel(
                     s -= tl.load(q_cols + cols, mask=in_n, other=0.0)[None, :]
                 e = tl.exp2(s)
                 if MODE == _SHARED:
-                    ratio_n = tl.load(col_ratio + cols, mask=in_n, other=0.0)
+                    ratio_n = tl.load(col_ratio + of_n + cols, mask=in_n, other=0.0)
                     g_quarter = e * tl.fma(ratio_m[:, None], ratio_n[None, :], factor_m[:, None])
                 else:
                     g_quarter = e * factor_m[:, None]
                     if MODE == _APART:
-                        shift_n = tl.load(col_shift + cols, mask=in_n, other=0.0)
-                        factor_n = tl.load(col_factor + cols, mask=in_n, other=0.0)
+                        shift_n = tl.load(col_shift + of_n + cols, mask=in_n, other=0.0)
+                        factor_n = tl.load(col_factor + of_n + cols, mask=in_n, other=0.0)
                         s = tl.fma(s_quarter, s_scale, -shift_n[None, :])
                         if LOGQ:
                             s -= q_m[:, None]
                         g_quarter += tl.exp2(s) * factor_n[None, :]
                 inner_m += tl.sum(g_quarter * s_quarter, 1)
+                if PREFIXED:
+                    inner_n = tl.sum(g_quarter * s_quarter, 0)
+                    to_n = (p * tiles_m + at_m).to(tl.int64) * n + cols
+                    tl.store(inner_cols + to_n, inner_n, mask=cols < n)
+                    g_quarter = tile_times_inverse(g_quarter, inverse_x, inverse_y, p, row0, quarter0, m, n)
                 if DESCRIPTORS:
-                    g.store([row0 - first_row, quarter0], g_quarter.to(g.dtype))
+                    g.store([row0 - first_row, place0 + quarter0], g_quarter.to(g.dtype))
                 else:
-                    to = (rows - first_row).to(tl.int64)[:, None] * (tiles_n * BLOCK_N) + cols[None, :]
+                    to = (rows - first_row).to(tl.int64)[:, None] * width + (place0 + cols)[None, :]
                     tl.store(g + to, g_quarter.to(g.dtype.element_ty), mask=in_m[:, None])
-            to_m = at_n.to(tl.int64) * (last_row - first_row) + (rows - first_row)
+            to_m = (p * tiles_n + at_n).to(tl.int64) * (last_row - first_row) + (rows - first_row)
             tl.store(inner + to_m, inner_m, mask=in_m)
 
 
@@ -365,11 +453,11 @@ _MERGE_BLOCK, _MERGE_PARTS = 64, 32
 
 
 class Statistics(NamedTuple):
-    """listed_K: logits of the listed positives. log2 Σ 2^S' of every row and column is peak + log2(total), an
-    infinite peak counting as 0; the peak is the greatest logit or lies up to 90 above it. Empty for a
-    direction that is not asked for."""
+    """listed_PK: logits of the listed positives. log2 Σ 2^S' of every row [P, M] and column [P, N] is
+    peak + log2(total), an infinite peak counting as 0; the peak is the greatest logit or lies up to 90 above
+    it. Empty for a direction that is not asked for."""
 
-    listed_K: Tensor
+    listed_PK: Tensor
     row_peak: Tensor
     row_total: Tensor
     col_peak: Tensor
@@ -390,21 +478,22 @@ def statistics(
 ) -> Statistics:
     """Statistics of S = scale · x yᵀ in the directions given; scale 0-d fp32, in units of log 2.
 
-    Extra memory beyond that of `problem`: partial statistics, 8 bytes per row of a chunk (8192) and tile of
-    columns, and per column and tile of rows of a chunk; O(M + N + K) vectors.
+    Extra memory beyond that of `problem`: partial statistics, 8·P bytes per row of a chunk (8192 / P) and
+    tile of columns, and per column and tile of rows of a chunk; O(P·(M + N + K)) numbers.
     """
     if rows is None:
         listed, *of_rows, col_peak, col_total = statistics(problem.turned(), scale, cols, None)
         return Statistics(listed, col_peak, col_total, *of_rows)
     both, q = cols is not None, _log_q(problem, rows, cols)
-    row_peak, row_total = _no_segments(problem.x)
-    col_peak, col_total = _no_segments(problem.y if both else problem.y[:0])
+    count = len(problem.ends)
+    row_peak, row_total = _no_segments(problem.x, count)
+    col_peak, col_total = _no_segments(problem.y if both else problem.y[:0], count)
     operands = problem.operands()
-    for chunk in problem.chunks(_STATISTICS_ROWS):
+    for chunk in problem.chunks(_STATISTICS_ROWS // count):
         tiles_m, tiles_n = problem.tiles(chunk)
-        of_rows = row_peak.new_empty((2, tiles_n, chunk[1] - chunk[0]))
-        of_cols = row_peak.new_empty((2, tiles_m, len(col_peak)))
-        again = problem.no_bits.new_zeros(tiles_m * tiles_n)
+        of_rows = row_peak.new_empty((2, count, tiles_n, chunk[1] - chunk[0]))
+        of_cols = row_peak.new_empty((2, count, tiles_m, col_peak.shape[1]))
+        again = problem.no_bits.new_zeros(count * tiles_m * tiles_n)
         arguments = problem.arguments(chunk)
         for mode in (SHARED, APART) if both else (ROWS,):
             _statistics_kernel[problem.grid(chunk)](
@@ -422,17 +511,17 @@ def statistics(
         _merge(of_rows, row_peak, row_total, chunk[0])
         if both:
             _merge(of_cols, col_peak, col_total, 0)
-    listed_K = problem.positives.products(problem.x, problem.y) * scale
+    listed_PK = problem.listed_products() * scale
     rows_K, cols_K = problem.positives
-    _merge_listed(rows_K, targets(listed_K, rows, cols_K), row_peak, row_total)
+    _merge_listed(rows_K, targets(listed_PK, rows, cols_K), row_peak, row_total)
     if both:
-        _merge_listed(cols_K, targets(listed_K, cols, rows_K), col_peak, col_total)
-    return Statistics(listed_K, row_peak, row_total, col_peak, col_total)
+        _merge_listed(cols_K, targets(listed_PK, cols, rows_K), col_peak, col_total)
+    return Statistics(listed_PK, row_peak, row_total, col_peak, col_total)
 
 
-def targets(listed_K: Tensor, direction: Direction, candidates_K: Tensor) -> Tensor:
+def targets(listed_PK: Tensor, direction: Direction, candidates_K: Tensor) -> Tensor:
     """S' of the listed positives: their logits less log_q of the candidate."""
-    return listed_K if direction.log_q is None else listed_K - direction.log_q[candidates_K]
+    return listed_PK if direction.log_q is None else listed_PK - direction.log_q[candidates_K]
 
 
 def gradients(
@@ -448,9 +537,11 @@ def gradients(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y (in their dtype, empty where not needed) and scale (fp32), which is in natural units.
+    """Gradients of x, y (in their dtype, empty where not needed) and scale (fp32), which is in natural units,
+    of the mean over prefixes.
 
-    Extra memory beyond that of `problem` and of `ChunkGradients`: O(M + N + K) vectors.
+    Extra memory beyond that of `problem` and of `ChunkGradients`: O(P·(M + N + K)) numbers, and 4·P bytes per
+    row of a chunk and tile of columns, with prefixes per column and tile of rows as well.
     """
     if rows is None:
         found = col_peak, col_total, row_peak, row_total
@@ -459,29 +550,36 @@ def gradients(
     both, q = cols is not None, _log_q(problem, rows, cols)
     scale_log2 = in_log2(scale)
     greatest = rows.segment.max() + (cols.segment.max() if both else 0.0)
+    greatest = greatest * problem.greatest_inverse()
     gain = torch.where(greatest > 0, GREATEST / greatest, 1.0)
     of_rows = _Probabilities.of(rows, row_peak, row_total, gain)
     of_cols = _Probabilities.of(cols, col_peak, col_total, gain) if both else of_rows
     shared = _shared_ratios(problem, of_rows, of_cols, rows, cols) if both else (problem.nothing,) * 4
 
-    listed_K = problem.positives.products(problem.x, problem.y)
-    g_K = of_rows.listed(listed_K * scale_log2, *problem.positives, rows) - gain * rows.entry_K
+    listed_PK = problem.listed_products()
+    g_PK = of_rows.listed(listed_PK * scale_log2, *problem.positives, rows) - gain * rows.entry_K
     if both:
         turned = problem.positives.turned()
-        g_K = g_K + of_cols.listed(listed_K * scale_log2, *turned, cols) - gain * cols.entry_K
-    g_K = torch.where(problem.positives.rows_K < 0, 0.0, g_K)
-    inner = [(g_K * listed_K).sum(dtype=torch.float64)]
+        g_PK = g_PK + of_cols.listed(listed_PK * scale_log2, *turned, cols) - gain * cols.entry_K
+    g_PK = torch.where(problem.positives.rows_K < 0, 0.0, g_PK)
+    inner = [(g_PK * listed_PK).sum(dtype=torch.float64)]
 
     row_ratio, row_high, col_ratio, col_low = shared
+    grad, count = grad / len(problem.ends), len(problem.ends)
     sums = ChunkGradients(problem, grad * scale / gain, need_x, need_y)
+    sums.add_listed_inner(g_PK * listed_PK)
     operands = problem.operands()
-    for chunk, g_RN in sums:
-        of_tiles = g_K.new_empty((problem.tiles(chunk)[1], len(g_RN)))
+    for chunk, g in sums:
+        tiles_m, tiles_n = problem.tiles(chunk)
+        inner_rows = g_PK.new_empty((count, tiles_n, len(g)))
+        inner_cols = problem.nothing
+        if problem.prefixes is not None:
+            inner_cols = g_PK.new_empty((count, tiles_m, len(problem.y)))
         arguments = problem.arguments(chunk)
         for mode in (SHARED, APART) if both else (ROWS,):
             _gradient_kernel[problem.grid(chunk)](
                 *operands,
-                problem.gradient_block(g_RN),
+                problem.gradient_block(g),
                 scale_log2,
                 of_rows.shift,
                 of_rows.factor,
@@ -492,13 +590,17 @@ def gradients(
                 col_ratio,
                 col_low,
                 *q.log_q,
-                of_tiles,
+                inner_rows,
+                inner_cols,
                 MODE=mode,
                 LOGQ=q.given,
                 **arguments,
             )
-        problem.positives.place(g_K, g_RN, chunk)
-        inner.append(of_tiles.sum(dtype=torch.float64))
+        for p, g_K in enumerate(g_PK * problem.listed_inverse()):
+            problem.positives.place(g_K, sums.of_prefix(g, p), chunk)
+        inner.append(inner_rows.sum(dtype=torch.float64))
+        if problem.prefixes is not None:
+            sums.add_inner(chunk, inner_rows, inner_cols)
     dscale = (grad * (torch.stack(inner).sum() / gain)).to(scale.dtype)
     return *sums.result(), dscale
 
@@ -525,28 +627,29 @@ def _log_q(problem: PairProblem, rows: Direction, cols: Direction | None) -> _Lo
     return _LogQ(True, tuple(log_q), tuple(weights), least)
 
 
-def _no_segments(x: Tensor) -> tuple[Tensor, Tensor]:
-    peak = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
+def _no_segments(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    peak = x.new_full((count, len(x)), -torch.inf, dtype=torch.float32)
     return peak, torch.zeros_like(peak)
 
 
 def _merge(parts: Tensor, peak: Tensor, total: Tensor, first: int) -> None:
-    """Merges parts [2, parts, size] into the segments from `first` on."""
-    _, count, size = parts.shape
-    _merge_kernel[(triton.cdiv(size, _MERGE_BLOCK),)](
-        *parts.unbind(), peak, total, count, size, first, _MERGE_BLOCK, _MERGE_PARTS
-    )
+    """Merges parts [2, P, parts, size] into the segments [P, ·] from `first` on."""
+    _, _, count, size = parts.shape
+    for of_p in zip(*parts, peak, total):
+        _merge_kernel[(triton.cdiv(size, _MERGE_BLOCK),)](
+            *of_p, count, size, first, _MERGE_BLOCK, _MERGE_PARTS
+        )
 
 
-def _merge_listed(segments_K: Tensor, values_K: Tensor, peak: Tensor, total: Tensor) -> None:
+def _merge_listed(segments_K: Tensor, values_PK: Tensor, peak: Tensor, total: Tensor) -> None:
     """Merges every value into its segment, those of one segment in the order of the list."""
     if len(segments_K) == 0:
         return
     of_K, order_K = torch.sort(segments_K, stable=True)
-    starts = torch.searchsorted(of_K, torch.arange(len(peak) + 1, device=peak.device))
-    _merge_listed_kernel[(triton.cdiv(len(peak), _MERGE_BLOCK),)](
-        starts, order_K, values_K, peak, total, len(peak), _MERGE_BLOCK
-    )
+    size = peak.shape[1]
+    starts = torch.searchsorted(of_K, torch.arange(size + 1, device=peak.device))
+    for of_p in zip(values_PK, peak, total):
+        _merge_listed_kernel[(triton.cdiv(size, _MERGE_BLOCK),)](starts, order_K, *of_p, size, _MERGE_BLOCK)
 
 
 class _Probabilities(NamedTuple):
@@ -561,10 +664,10 @@ class _Probabilities(NamedTuple):
         factor = torch.where(direction.segment == 0, 0.0, gain * direction.segment / total)
         return _Probabilities(torch.where(peak.isinf(), 0.0, peak), factor, total)
 
-    def listed(self, logits_K: Tensor, of_K: Tensor, candidates_K: Tensor, direction: Direction) -> Tensor:
+    def listed(self, logits_PK: Tensor, of_K: Tensor, candidates_K: Tensor, direction: Direction) -> Tensor:
         """The same of the listed positives, in fp32."""
-        p_K = torch.exp2(targets(logits_K, direction, candidates_K) - self.shift[of_K])
-        return torch.where(direction.segment[of_K] == 0, 0.0, p_K * self.factor[of_K])
+        e_PK = torch.exp2(targets(logits_PK, direction, candidates_K) - self.shift[:, of_K])
+        return torch.where(direction.segment[of_K] == 0, 0.0, e_PK * self.factor[:, of_K])
 
 
 def _shared_ratios(problem, of_rows: _Probabilities, of_cols: _Probabilities, rows, cols):
@@ -579,18 +682,19 @@ def _shared_ratios(problem, of_rows: _Probabilities, of_cols: _Probabilities, ro
     high = of_rows.shift if cols.log_q is None else of_rows.shift - cols.log_q
     shift = of_cols.shift if rows.log_q is None else of_cols.shift - rows.log_q
     low = torch.where(of_cols.factor == 0, torch.inf, shift + of_cols.total.log2())
-    ends = torch.where(high.isinf(), -torch.inf, high).max(), torch.where(low.isinf(), torch.inf, low).min()
-    middle = (ends[0] + ends[1]) / 2
+    highest = torch.where(high.isinf(), -torch.inf, high).amax(1, keepdim=True)
+    lowest = torch.where(low.isinf(), torch.inf, low).amin(1, keepdim=True)
+    middle = (highest + lowest) / 2
     middle = torch.where(middle.isfinite(), middle, 0.0)
     row_ratio = torch.exp2(high - middle)
     col_ratio = torch.where(of_cols.factor == 0, 0.0, torch.exp2(middle - shift) * of_cols.factor)
     high = torch.where(high - middle > _MOST_RANGE.value, torch.inf, high)
     low = torch.where(middle - low > _MOST_RANGE.value, -torch.inf, low)
     blocks = (
-        F.pad(vector, (0, -len(vector) % block), value=outside).view(-1, block)
+        F.pad(vector, (0, -vector.shape[1] % block), value=outside).view(len(vector), -1, block)
         for vector, block, outside in ((high, config.block_m, -torch.inf), (low, config.block_n, torch.inf))
     )
-    return row_ratio, next(blocks).amax(1), col_ratio, next(blocks).amin(1)
+    return row_ratio, next(blocks).amax(2), col_ratio, next(blocks).amin(2)
 
 
 # Compilations --------------------------------------------------------------------------------------------
