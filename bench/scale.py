@@ -64,48 +64,55 @@ class Job:
 def loss_flops(schedule: str, ranks: int, job: Job) -> float:
     """Of one rank, forward and backward.
 
-    pinclip: each direction is its local rows against all columns, S twice, dX and dY: 8 b N D, and both
-    directions. open_clip's default computes the whole N² loss on every rank, two matrices and their
+    pinclip: its local rows against all columns, both directions from one S: S twice, dX and dY, 8 b N D.
+    open_clip's default computes the whole N² loss on every rank, two matrices and their
     gradients: 12 N² D; with local_loss its own rows of both, 12 b N D.
     """
     n = ranks * job.local
     if schedule == "pinclip":
-        directions = 1 if ranks == 1 else 2  # one process takes both from one S
-        return 8.0 * directions * job.local * n * job.width
+        return 8.0 * job.local * n * job.width
     return 12.0 * (n if schedule == "open_clip" else job.local) * n * job.width
 
 
 def loss_bytes(schedule: str, ranks: int, job: Job) -> float:
-    """That one rank sends for one step's loss: image and text rows to everyone, and their gradients back.
+    """That one rank sends for one step's loss.
 
-    open_clip's defaults gather without gradient; local_loss is used with gather_with_grad, which it needs.
+    pinclip: its text rows to everyone, their gradients back, and (peak, total) of the columns, once to their
+    owner and once to everyone. open_clip: image and text rows to everyone, and with local_loss, which needs
+    gather_with_grad, their gradients back.
     """
-    once = 2.0 * (ranks - 1) * job.local * job.width * job.itemsize
-    return once if schedule == "open_clip" else 2.0 * once
+    once = float((ranks - 1) * job.local * job.width * job.itemsize)
+    if schedule == "pinclip":
+        return 2 * once + 2 * 8.0 * (ranks - 1) * job.local
+    return 2 * once if schedule == "open_clip" else 4 * once
 
 
 def loss_memory(schedule: str, ranks: int, job: Job) -> float:
-    """Bytes on one rank beyond its own rows: gathered rows and gradients, and the matrices that are kept.
+    """Bytes on one rank beyond its own rows: gathered rows, gradients on their way, and what is kept of S.
 
+    pinclip: the text of all ranks, four shards of gradients in transit and in sum, (peak, total) of columns.
     open_clip keeps logits and their softmax of both directions: 8 bytes a pair in bf16.
     """
     n = ranks * job.local
-    gathered = 2.0 * n * job.width * job.itemsize
+    gathered = float(n * job.width * job.itemsize)
     if schedule == "pinclip":
-        return 2 * gathered
-    return gathered + 8.0 * n * (n if schedule == "open_clip" else job.local)
+        return gathered + 4.0 * job.local * job.width * job.itemsize + 8.0 * n
+    return 2 * gathered + 8.0 * n * (n if schedule == "open_clip" else job.local)
 
 
 def step(schedule: str, ranks: int, job: Job, gpu: Gpu, links: Links) -> dict:
     """Predicted seconds of one step and of its parts, for one rank.
 
     The gradient's all-reduce (bf16, 2 (W-1)/W P numbers) runs beside the backward pass, two thirds of the
-    towers' time; what is longer than that shows. The loss's exchange is not overlapped.
+    towers' time; what is longer than that shows. pinclip's exchange runs beside its loss, open_clip's beside
+    nothing; exchange_s is what shows.
     """
     towers = job.local / gpu.images
     loss = loss_flops(schedule, ranks, job) / (gpu.gemm * 1e12 * gpu.loss_share)
     rate = links.rate(ranks)
     exchange = loss_bytes(schedule, ranks, job) / rate + (links.latency * (ranks - 1) if ranks > 1 else 0.0)
+    if schedule == "pinclip":
+        exchange = max(0.0, exchange - loss * (ranks - 1) / ranks)  # the first shard needs no exchange
     reduce = 2.0 * 2 * (ranks - 1) / ranks * job.parameters / rate
     shown = max(0.0, reduce - 2 / 3 * towers)
     memory = loss_memory(schedule, ranks, job)
@@ -179,6 +186,8 @@ def _count(rank: int, ranks: int, job: Job, schedule: str, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from pinclip.distributed import leave
+
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -199,7 +208,7 @@ def _count(rank: int, ranks: int, job: Job, schedule: str, folder: str) -> None:
     if rank == 0:
         (Path(folder) / "bytes").write_text(str((loopback_bytes() - before) / _REPEATS))
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def _loss(schedule: str, rank: int, ranks: int):

@@ -79,7 +79,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = RunConfig.load(arguments.config, overrides(arguments.set))
     folder = train(config, resume=arguments.resume)
-    if folder is not None and not arguments.no_report and distributed.rank() == 0:
+    first = distributed.rank() == 0
+    distributed.leave()
+    if folder is not None and not arguments.no_report and first:
         evaluate_and_report(folder)
     return 0
 

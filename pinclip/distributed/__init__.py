@@ -20,8 +20,24 @@ from pinclip.distributed.collectives import (
     barrier,
     gather_counts,
     gather_rows,
+    leave,
     rank,
     world_size,
 )
+from pinclip.distributed.shards import GatheredRows, RowSums, check_same, exchange_rows
 
-__all__ = ["all_mean", "all_sum", "any_true", "barrier", "gather_counts", "gather_rows", "rank", "world_size"]
+__all__ = [
+    "GatheredRows",
+    "RowSums",
+    "all_mean",
+    "all_sum",
+    "any_true",
+    "barrier",
+    "check_same",
+    "exchange_rows",
+    "gather_counts",
+    "gather_rows",
+    "leave",
+    "rank",
+    "world_size",
+]

@@ -1,5 +1,7 @@
 """Collectives over the default process group; with no group initialised the world is this process."""
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +35,12 @@ def gather_counts(count: int, device: torch.device | str = "cpu") -> tuple[int, 
     return tuple(every.tolist())
 
 
+def check_counts(counts: tuple[int, ...], rows: int) -> None:
+    """ValueError unless there is a count for every rank, and this rank's is `rows`."""
+    if len(counts) != world_size() or counts[rank()] != rows:
+        raise ValueError(f"counts={counts} for {world_size()} ranks, but rank {rank()} holds {rows} rows")
+
+
 def gather_rows(x: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
     """Rows of all ranks in rank order: [n_r, ...] -> [sum n_r, ...]. Ranks may hold different numbers.
 
@@ -48,10 +56,7 @@ def gather_rows(x: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
         return x
     if counts is None:
         counts = gather_counts(x.shape[0], x.device)
-    if len(counts) != world_size() or counts[rank()] != x.shape[0]:
-        raise ValueError(
-            f"counts={counts} for {world_size()} ranks, but rank {rank()} holds {x.shape[0]} rows"
-        )
+    check_counts(counts, x.shape[0])
     if x.requires_grad and torch.is_grad_enabled():
         return _GatherRows.apply(x, counts)
     return _all_gather_rows(x, counts)
@@ -113,3 +118,12 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def leave() -> None:
+    """End the process group, if there is one. Models that still refer to it from reference cycles are
+    collected first: else gloo's threads outlive it, and one that lets go of a tensor while the interpreter
+    ends aborts the process (pytorch#179291)."""
+    gc.collect()
+    if _ready():
+        dist.destroy_process_group()

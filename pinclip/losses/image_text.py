@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pinclip.distributed import gather_counts, gather_rows, rank, world_size
-from pinclip.losses.rows import check_kind, mean_over, only, pair_loss, removing
+from pinclip.distributed import GatheredRows, gather_rows, rank, world_size
+from pinclip.losses.rows import check_kind, mean_over, only, only_columns, pair_loss, removing
+from pinclip.losses.sharded import sharded_loss
 from pinclip.ops.contrastive import contrastive_loss
 from pinclip.ops.pairs import Pairs
 
@@ -26,7 +27,7 @@ class ImageTextLoss(nn.Module):
     def forward(
         self,
         image: Tensor,
-        text: Tensor,
+        text: Tensor | GatheredRows,
         scale: Tensor | float,
         bias: Tensor | float | None = None,
         *,
@@ -36,29 +37,31 @@ class ImageTextLoss(nn.Module):
     ) -> Tensor:
         """Loss of this rank's rows, such that its mean over ranks is the loss of the whole batch.
 
-        image, text [b, D] of the same pins, L2-normalised; b may differ between ranks. ids int64 [b]: pins of
+        image, text [b, D] of the same pins, L2-normalised; b may differ between ranks. text may be gathered
+        already, to share that with other losses: then all its rows must be finite. ids int64 [b]: pins of
         equal id are no negatives of each other. valid bool [b]: pins that have both modalities; the others
         are neither rows nor columns and get zero gradient, whatever their vectors hold. log_q float [b]: log
         of the probability with which a pin appears in a batch slot. `bias` is read by the sigmoid kind only.
         ids, valid and log_q are given on all ranks or on none.
 
-        Collectives at W > 1: one gather of rows for image (softmax only), text, and each of ids, valid, log_q
-        that is given; one of the counts. Backward: one exchange per gathered embedding.
-        Extra memory: the gathered rows, and that of the op. Raises ValueError naming the argument.
+        Collectives at W > 1: one gather of the counts and of each of ids, valid, log_q that is given; the
+        text of all ranks a shard at a time, and its gradients back (`pinclip.losses.sharded`). Extra memory:
+        the gathered text, and that of the op on a shard. Raises ValueError naming the argument.
         """
-        if image.shape != text.shape:
-            raise ValueError(f"text has shape {tuple(text.shape)}, image has {tuple(image.shape)}")
+        local = text.local if isinstance(text, GatheredRows) else text
+        if image.shape != local.shape:
+            raise ValueError(f"text has shape {tuple(local.shape)}, image has {tuple(image.shape)}")
         for name, value in (("ids", ids), ("valid", valid), ("log_q", log_q)):
             if value is not None and value.shape != image.shape[:1]:
                 shape = tuple(value.shape)
                 raise ValueError(f"{name} has shape {shape}, expected [{len(image)}] like the rows of image")
         if valid is not None:
-            image, text = only(image, valid), only(text, valid)
+            image = only(image, valid)
+        text = only_columns(text, valid)
         if world_size() == 1:
-            return self._local(image, text, scale, bias, ids, valid, log_q)
+            return self._local(image, text.local, scale, bias, ids, valid, log_q)
 
-        counts = gather_counts(len(image), image.device)
-        text_all = gather_rows(text, counts)
+        counts = text.counts
         ids_all, valid_all, log_q_all = (
             None if value is None else gather_rows(value, counts) for value in (ids, valid, log_q)
         )
@@ -67,15 +70,21 @@ class ImageTextLoss(nn.Module):
             row_ids=ids,
             col_ids=ids_all,
             log_q_cols=removing(log_q_all, valid_all),
+            log_q_rows=removing(log_q, valid),
             row_weights=None if valid is None else valid.float(),
+            col_weights=None if valid is None else valid_all.float(),
         )
-        normalizer = mean_over(sum(counts) if valid_all is None else valid_all.sum())
-        loss = pair_loss(self.kind, image, text_all, scale, bias, pairs, self.dims, normalizer)
-        if self.kind == "sigmoid":
-            return loss
-        image_all = gather_rows(image, counts)
-        reverse = pair_loss(self.kind, text, image_all, scale, bias, pairs, self.dims, normalizer)
-        return (loss + reverse) / 2
+        return sharded_loss(
+            self.kind,
+            image,
+            text,
+            scale,
+            bias,
+            pairs,
+            symmetric=self.kind == "softmax",
+            dims=self.dims,
+            normalizer=mean_over(sum(counts) if valid_all is None else valid_all.sum()),
+        )
 
     def _local(self, image, text, scale, bias, ids, valid, log_q) -> Tensor:
         weights = None if valid is None else valid.float()

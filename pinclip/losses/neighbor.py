@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pinclip.distributed import all_sum, gather_counts, gather_rows, world_size
-from pinclip.losses.rows import check_kind, mean_over, only, pair_loss, removing
+from pinclip.distributed import GatheredRows, all_sum, gather_rows, world_size
+from pinclip.losses.rows import check_kind, mean_over, only, only_columns, pair_loss, removing
+from pinclip.losses.sharded import sharded_loss
 from pinclip.ops.pairs import Pairs
 
 
@@ -28,7 +29,7 @@ class NeighborLoss(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | GatheredRows,
         scale: Tensor | float,
         bias: Tensor | float | None = None,
         *,
@@ -41,7 +42,8 @@ class NeighborLoss(nn.Module):
     ) -> Tensor:
         """Loss of this rank's rows, such that its mean over ranks is the loss of the whole batch.
 
-        x, y [b, D], L2-normalised; b may differ between ranks. ids int64 [b]: the pin of each row; columns
+        x, y [b, D], L2-normalised; b may differ between ranks. y may be gathered already, to share that with
+        other losses: then all its rows must be finite. ids int64 [b]: the pin of each row; columns
         of equal id, the row itself among them, are no negatives. partner int64 [b]: *global* row number of
         each row's neighbor (rows of all ranks in rank order), -1 for none: the row then has no loss, its y is
         still a column. known = (indptr [b+1], indices) int64: CSR of the global columns that are known
@@ -50,20 +52,22 @@ class NeighborLoss(nn.Module):
         no part and get zero gradient, whatever their vectors hold. `bias` is read by the sigmoid kind only.
         log_q and valid_y are given on all ranks or on none.
 
-        Collectives at W > 1: one gather of rows for y, ids, and each of log_q, valid_y that is given; one of
-        the counts; one sum of the number of rows with a partner. Backward: one exchange.
-        Extra memory: the gathered rows, and that of the op. Raises ValueError naming the argument.
+        Collectives at W > 1: one gather of the counts, of ids and of each of log_q, valid_y that is given;
+        one sum of the number of rows with a partner; y of all ranks a shard at a time, and its gradients back
+        (`pinclip.losses.sharded`). Extra memory: the gathered y, and that of the op on a shard. Raises
+        ValueError naming the argument.
         """
-        self._check(x, y, ids, partner, log_q, valid_x, valid_y)
-        counts = gather_counts(len(y), y.device) if world_size() > 1 else (len(y),)
+        local = y.local if isinstance(y, GatheredRows) else y
+        self._check(x, local, ids, partner, log_q, valid_x, valid_y)
+        y = only_columns(y, valid_y)
+        counts = y.counts
         if partner.device.type == "cpu" and len(partner):
             worst = int(partner.max())
             if worst >= sum(counts) or int(partner.min()) < -1:
                 worst = worst if worst >= sum(counts) else int(partner.min())
                 raise ValueError(f"partner has row {worst}, expected -1 … {sum(counts) - 1}")
         x = x if valid_x is None else only(x, valid_x)
-        y = y if valid_y is None else only(y, valid_y)
-        y_all, ids_all = gather_rows(y, counts), gather_rows(ids, counts)
+        ids_all = gather_rows(ids, counts)
         log_q_all, valid_all = (
             None if value is None else gather_rows(value, counts) for value in (log_q, valid_y)
         )
@@ -88,7 +92,10 @@ class NeighborLoss(nn.Module):
             row_weights=present,
         )
         normalizer = mean_over(all_sum(present.sum()))
-        return pair_loss(self.kind, x, y_all, scale, bias, pairs, self.dims, normalizer)
+        if world_size() == 1:
+            return pair_loss(self.kind, x, y.local, scale, bias, pairs, self.dims, normalizer)
+        options = {"symmetric": False, "dims": self.dims, "normalizer": normalizer}
+        return sharded_loss(self.kind, x, y, scale, bias, pairs, **options)
 
     @staticmethod
     def _check(x, y, ids, partner, log_q, valid_x, valid_y) -> None:

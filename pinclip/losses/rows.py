@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pinclip.distributed import world_size
+from pinclip.distributed import GatheredRows, world_size
 from pinclip.ops.contrastive import contrastive_loss
 from pinclip.ops.pairs import Pairs
 from pinclip.ops.sigmoid import sigmoid_loss
@@ -20,6 +20,14 @@ def check_kind(kind: str) -> None:
 def only(x: Tensor, valid: Tensor) -> Tensor:
     """x with zeros in the rows that are not valid: no value and no gradient passes there, NaN included."""
     return torch.where(valid[:, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def only_columns(y: Tensor | GatheredRows, valid: Tensor | None) -> GatheredRows:
+    """y as columns, with zeros in the rows that are not valid. Rows that are gathered already stay as they
+    are: they must be finite; as candidates `removing` takes them out."""
+    if isinstance(y, GatheredRows):
+        return y
+    return GatheredRows(y if valid is None else only(y, valid))
 
 
 def removing(log_q: Tensor | None, valid: Tensor | None) -> Tensor | None:

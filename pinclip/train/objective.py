@@ -15,6 +15,7 @@ from torch import nn
 
 from pinclip.data.batches import PinBatch
 from pinclip.data.transforms import to_float
+from pinclip.distributed import GatheredRows, world_size
 from pinclip.losses import ImageTextLoss, NeighborLoss, Temperature
 from pinclip.models import Embeddings, PinCLIP
 from pinclip.train.config import LossConfig, ObjectiveConfig
@@ -52,10 +53,14 @@ def embed(model: PinCLIP, batch: PinBatch) -> Embeddings:
 
 
 class Objective:
-    """The weighted sum of pair losses over one rank's embeddings (its share of the global loss)."""
+    """The weighted sum of pair losses over one rank's embeddings (its share of the global loss).
 
-    def __init__(self, config: ObjectiveConfig, dims: tuple[int, ...]):
-        self.config = config
+    dtype: that in which embeddings are gathered and multiplied; sums and the loss are fp32 in any case. None
+    leaves them in fp32.
+    """
+
+    def __init__(self, config: ObjectiveConfig, dims: tuple[int, ...], dtype: torch.dtype | None = None):
+        self.config, self.dtype = config, dtype
         self._image_text = ImageTextLoss(config.image_text.kind, dims=dims or None)
         self._own = ImageTextLoss(config.neighbor.kind, dims=dims or None)
         self._neighbor = NeighborLoss(config.neighbor.kind, dims=dims or None)
@@ -70,18 +75,24 @@ class Objective:
 
     def _parts(self, embeddings: Embeddings, temperatures: Temperatures, batch: PinBatch):
         config = self.config
-        image, text, fused = embeddings.image, embeddings.text, embeddings.fused
+        image, text, fused = (
+            each if self.dtype is None else each.to(self.dtype)
+            for each in (embeddings.image, embeddings.text, embeddings.fused)
+        )
+        # Every rank has as many slots; each kind of embedding is gathered once, whichever losses read it.
+        counts = (len(batch),) * world_size()
+        images, texts, fuseds = (GatheredRows(each, counts) for each in (image, text, fused))
         has_image, has_text = batch.has_image.to(image.device), batch.has_text.to(image.device)
         log_q = batch.log_q if config.log_q and config.uses_neighbors else None
         if config.image_text_weight:
             scale, bias = temperatures["image_text"]
             loss = self._image_text(
-                image, text, scale, bias, ids=batch.pins, valid=has_image & has_text, log_q=log_q
+                image, texts, scale, bias, ids=batch.pins, valid=has_image & has_text, log_q=log_q
             )
             yield "image_text", (config.image_text_weight, loss)
         if config.own_fused_weight:
             scale, bias = temperatures["neighbor"]
-            for name, own, has in (("own_image", image, has_image), ("own_text", text, has_text)):
+            for name, own, has in (("own_image", images, has_image), ("own_text", texts, has_text)):
                 loss = self._own(fused, own, scale, bias, ids=batch.pins, valid=has, log_q=log_q)
                 yield name, (config.own_fused_weight / 2, loss)
         known = (batch.known_indptr, batch.known_indices) if config.mask_known else None
@@ -94,7 +105,7 @@ class Objective:
                 scale, bias = temperatures["neighbor"]
                 loss = self._neighbor(
                     own,
-                    fused,
+                    fuseds,
                     scale,
                     bias,
                     ids=batch.pins,

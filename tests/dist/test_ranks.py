@@ -11,7 +11,7 @@ from pinclip import distributed as D
 from pinclip.losses import ImageTextLoss, NeighborLoss, Temperature
 
 # Rows per rank. Uneven always; a rank with one row, and one that has run out of rows.
-SHARDS = {1: [(9,)], 2: [(5, 4), (1, 8)], 3: [(3, 4, 2), (4, 0, 5)]}
+SHARDS = {1: [(9,)], 2: [(5, 4), (1, 8)], 3: [(3, 4, 2), (4, 0, 5)], 4: [(1, 3, 2, 3)]}
 TOTAL, FEATURES = 9, 5
 
 IDS = torch.tensor([0, 1, 2, 3, 1, 4, 5, 0, 6])
@@ -39,6 +39,7 @@ class Model(nn.Module):
                 parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
 
     def forward(self, inputs):
+        inputs = inputs.to(self.image.weight.dtype)
         image, text = (F.normalize(tower(inputs), dim=1) for tower in (self.image, self.text))
         return image, text, *self.temperature()
 
@@ -119,6 +120,49 @@ def check_gather(counts):
             D.gather_rows(mine, tuple(n + 1 for n in counts))
 
 
+def check_shards(counts):
+    """What GatheredRows yields and RowSums adds up, from the definition; twice, from one gather."""
+    rows, whole, me = local_rows(counts), whole_batch(), D.rank()
+    gathered = D.GatheredRows(whole[rows], counts)
+    for _ in range(2):
+        order = []
+        for r, shard in gathered:
+            order.append(r)
+            assert torch.equal(shard, whole[sum(counts[:r]) : sum(counts[: r + 1])])
+        assert order == [(me + step) % len(counts) for step in range(len(counts))]
+
+    sums, found = D.RowSums(counts), [each * (1 + me) for each in whole.split(list(counts))]
+    for r, _ in gathered:
+        sums.add(found[r])
+    total = sum(range(1, len(counts) + 1))
+    torch.testing.assert_close(sums.result(), whole[rows] * total, rtol=1e-15, atol=0)
+    parts = D.exchange_rows(found, counts)
+    assert len(parts) == len(counts)
+    for r, part in enumerate(parts):
+        assert torch.equal(part, whole[rows] * (1 + r))
+
+    D.check_same(torch.tensor(1.5), "it")
+    D.check_same(torch.tensor(torch.nan), "it")
+    if len(counts) > 1:
+        with pytest.raises(RuntimeError, match="it differs between ranks"):
+            D.check_same(torch.tensor(float(me)), "it")
+        with pytest.raises(ValueError, match="counts="):
+            D.GatheredRows(whole[rows], tuple(n + 1 for n in counts))
+
+
+def check_shared_gather(counts):
+    """Two losses over one gather are those over a gather each; every result repeats to the bit."""
+    rows, found = local_rows(counts), []
+    for shared in (True, False, False):
+        image, text, scale, _ = Model()(whole_batch()[rows])
+        columns = D.GatheredRows(text, counts) if shared else text
+        first = ImageTextLoss()(image, columns, scale)
+        second = NeighborLoss()(image, columns, scale, ids=IDS[rows], partner=PARTNER[rows])
+        found.append(torch.autograd.grad(first + 2 * second, (image, text, scale)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
 def check_reductions(world):
     r = D.rank()
     assert (r, D.world_size()) == (dist.get_rank(), world)
@@ -146,6 +190,8 @@ def work(rank, world, folder):
         results = {}
         for number, counts in enumerate(SHARDS[world]):
             check_gather(counts)
+            check_shards(counts)
+            check_shared_gather(counts)
             for case in CASES:
                 local = loss_and_gradients(case, local_rows(counts))
                 results[case, number] = {name: D.all_mean(value) for name, value in local.items()}
@@ -153,7 +199,7 @@ def work(rank, world, folder):
         if rank == 0:
             torch.save(results, f"{folder}/results.pt")
     finally:
-        dist.destroy_process_group()
+        D.leave()
 
 
 @pytest.fixture(scope="module", params=sorted(SHARDS))

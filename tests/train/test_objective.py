@@ -115,3 +115,17 @@ def test_bf16_is_autocast_over_fp32_parameters(tiny):
     want, _ = objective(*plain(batch), batch)
     got, fp32 = float(loss.detach()), float(want.detach())
     assert got == pytest.approx(fp32, rel=0.02) and got != fp32
+
+
+def test_embeddings_in_half_precision_give_nearly_the_same_loss_and_gradients(tiny):
+    config, trainee, objective, batch = setup(tiny)
+    half = Objective(config.objective, config.model.dims, torch.bfloat16)
+    gradients = []
+    for each in (objective, half):
+        embeddings, temperatures = trainee(batch)
+        total, _ = each(embeddings, temperatures, batch)
+        assert total.dtype == torch.float32
+        gradients.append((total, *torch.autograd.grad(total, (embeddings.image, embeddings.fused))))
+    for exact, rounded in zip(*gradients):
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+        assert (rounded - exact).norm() <= 0.02 * exact.norm()
