@@ -129,6 +129,7 @@ class Counts:
     tcgen05: int = 0
     mufu: int = 0
     local: int = 0  # loads and stores of local memory: spills and indexed arrays
+    local_bytes: int = 0  # of a thread
     tma: int = 0
     atomics: int = 0
     loads: dict[int, int] = field(default_factory=dict)  # bytes per thread -> loads from global memory
@@ -156,6 +157,7 @@ def count(body: Iterable[Instruction]) -> Counts:
         counts.tcgen05 += bool(re.match(r"UTC\w*MMA", base))
         counts.mufu += base == "MUFU"
         counts.local += base in ("LDL", "STL")
+        counts.local_bytes += each.bytes if base in ("LDL", "STL") else 0
         counts.tma += base in ("UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG")
         counts.atomics += base in ("ATOMG", "RED", "REDG", "ATOM")
         if base in _LOADS:
