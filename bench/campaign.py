@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +65,12 @@ def _seconds(entry: Entry, device: str, quick: bool, tiny: bool) -> float:
 def commands(
     chosen: list[Unit], device: str, out: Path, *, quick: bool, tiny: bool
 ) -> list[tuple[str, list[str]]]:
-    """One command per kind: all benchmarks are one run, with one measurement of the ceilings."""
+    """One command per file of tests; all benchmarks are one run, with one measurement of the ceilings."""
     python = [sys.executable, "-m"]
     flags = [flag for flag, on in (("--quick", quick), ("--tiny", tiny), ("--cpu", device == "cpu")) if on]
     made = []
     if any(unit.kind == "tests" for unit in chosen):
-        made.append(("tests", [*python, "pytest", "-q", "-m", "gpu", *gpu_tests()]))
+        made += [(f"tests {Path(f).stem}", [*python, "pytest", "-q", "-m", "gpu", f]) for f in gpu_tests()]
     if names := [unit.name for unit in chosen if unit.kind == "bench"]:
         made.append(("bench", [*python, "bench", "run", *names, *flags, "--out", str(out)]))
     return made
@@ -140,8 +141,19 @@ def versions_fit() -> str:
     return ", ".join(old)
 
 
-def run_stage(name: str, command: list[str], deadline: float, log: Log) -> int:
-    """Run a command until `deadline`; its exit code, 124 where it was ended by it."""
+def run_tests(stages: list[tuple[str, list[str]]], deadline: float, log: Log) -> list[str]:
+    """Run files of tests side by side: they wait for compilers, not for the GPU. The names of those that
+    failed; one that runs out of time has not."""
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+        codes = list(pool.map(lambda stage: run_stage(*stage, deadline, log, f"{stage[0]}: "), stages))
+    return [name for (name, _), code in zip(stages, codes) if code not in (0, 5, 124)]  # 5: none selected
+
+
+def run_stage(name: str, command: list[str], deadline: float, log: Log, mark: str = "") -> int:
+    """Run a command until `deadline`; its exit code, 124 where it was ended by it. Its lines are marked."""
+    if time.monotonic() > deadline - 10:
+        log(f"[{name}: not reached]")
+        return 124
     begin = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -153,7 +165,7 @@ def run_stage(name: str, command: list[str], deadline: float, log: Log) -> int:
         errors="replace",
         start_new_session=True,
     )
-    reader = threading.Thread(target=lambda: [log(line.rstrip("\n")) for line in process.stdout])
+    reader = threading.Thread(target=lambda: [log(mark + line.rstrip("\n")) for line in process.stdout])
     reader.start()
     try:
         code = process.wait(max(1.0, deadline - begin))
@@ -210,17 +222,16 @@ def main(options: argparse.Namespace) -> int:
         return 2
     build_extension(log)
     deadline, bad = begin + 60 * options.minutes, []
-    for name, command in commands(chosen, device, out, **flags):
-        if time.monotonic() > deadline - 10:
-            log(f"[{name}: not reached]")
-            continue
-        if name == "tests" and (note := _tests_can_run()):
-            log(f"[tests: {note}]")
-            continue
-        if name == "bench":  # it ends itself, between two shapes
-            command += ["--minutes", f"{(deadline - time.monotonic() - 20) / 60:.2f}"]
-        code = run_stage(name, command, deadline, log)
-        if code not in (0, 124) and not (name == "tests" and code == 5):  # 5: no test was selected
+    stages = commands(chosen, device, out, **flags)
+    tests = [stage for stage in stages if stage[0] != "bench"]
+    if tests and (note := _tests_can_run()):
+        log(f"[tests: {note}]")
+    elif tests:  # half of the time at most, where there is more to do
+        bad += run_tests(tests, deadline if tests == stages else begin + 30 * options.minutes, log)
+    for name, command in stages[len(tests) :]:
+        # It ends itself, between two shapes.
+        command += ["--minutes", f"{(deadline - time.monotonic() - 20) / 60:.2f}"]
+        if run_stage(name, command, deadline, log) not in (0, 124):
             bad.append(name)
     verdict = f"wrong: {', '.join(bad)}" if bad else "nothing wrong"
     log(f"campaign: {time.monotonic() - begin:.0f} s; {verdict}")

@@ -52,9 +52,20 @@ def test_a_stage_is_ended_at_its_time_and_its_output_kept(tmp_path):
     log = campaign.Log(tmp_path / "log")
     begin = time.monotonic()
     command = [sys.executable, "-uc", "import time; print('begun'); time.sleep(60)"]
-    code = campaign.run_stage("sleeper", command, begin + 3, log)
-    assert code == 124 and time.monotonic() - begin < 20
+    code = campaign.run_stage("sleeper", command, begin + 12, log)
+    assert code == 124 and time.monotonic() - begin < 30
     assert "begun" in (tmp_path / "log").read_text()
+
+
+def test_files_of_tests_run_side_by_side(tmp_path):
+    log, python = campaign.Log(tmp_path / "log"), sys.executable
+    codes = {"fine": 0, "none": 5, "failed": 1}
+    stages = [(name, [python, "-c", f"print('ran'); raise SystemExit({c})"]) for name, c in codes.items()]
+    assert campaign.run_tests(stages, time.monotonic() + 60, log) == ["failed"]
+    text = (tmp_path / "log").read_text()
+    assert all(f"{name}: ran" in text for name in codes)
+    assert campaign.run_tests(stages[2:], time.monotonic() + 5, log) == []  # out of time: not reached
+    assert "[failed: not reached]" in (tmp_path / "log").read_text()
 
 
 def test_a_wrong_arm_is_a_bad_exit(tmp_path):
