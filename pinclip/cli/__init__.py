@@ -79,9 +79,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = RunConfig.load(arguments.config, overrides(arguments.set))
     folder = train(config, resume=arguments.resume)
-    first = distributed.rank() == 0
-    distributed.leave()
-    if folder is not None and not arguments.no_report and first:
+    if folder is not None and not arguments.no_report and distributed.rank() == 0:
         evaluate_and_report(folder)
     return 0
 

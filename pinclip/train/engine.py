@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pinclip import distributed
 from pinclip.train.config import OptimConfig, RunConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -26,6 +28,7 @@ def start_processes() -> torch.device:
             os.environ.setdefault(name, alone)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend)
+        atexit.register(distributed.leave)
     deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
