@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from pinclip.ops._checks import check_device, check_float, check_shape, require, without_autocast
 from pinclip.ops._rows import as_rows, runs_triton
@@ -44,9 +45,8 @@ def _funnel_pool(x: Tensor, residual: Tensor | None, grid: int) -> Tensor:
         with torch.cuda.device_of(x):
             y = kernels.forward(as_rows(x), None if residual is None else as_rows(residual), dtype, grid)
         return y.view(x.shape[0], grid * grid // 4, x.shape[2])
-    cells = x.to(accumulation_dtype(dtype)).reshape(x.shape[0], grid // 2, 2, grid // 2, 2, x.shape[2])
-    rows = cells[:, :, 0] + cells[:, :, 1]
-    pooled = (0.25 * (rows[:, :, :, 0] + rows[:, :, :, 1])).flatten(1, 2)
+    image = x.to(accumulation_dtype(dtype)).unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # channels last
+    pooled = avg_pool2d(image, 2).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
     return (pooled if residual is None else pooled.add_(residual)).to(dtype)
 
 
