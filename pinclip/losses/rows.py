@@ -17,6 +17,12 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"kind={kind!r}, expected 'softmax' or 'sigmoid'")
 
 
+def check_bias(kind: str, bias: Tensor | float | None) -> None:
+    """ValueError for a sigmoid loss without a bias."""
+    if kind == "sigmoid" and bias is None:
+        raise ValueError("bias=None, the sigmoid loss needs a bias")
+
+
 def only(x: Tensor, valid: Tensor) -> Tensor:
     """x with zeros in the rows that are not valid: no value and no gradient passes there, NaN included."""
     return torch.where(valid[:, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
@@ -56,8 +62,7 @@ def pair_loss(
     normalizer: Tensor | float | None,
 ) -> Tensor:
     """Rows of x against columns of y_all; zero, on the graph, for a rank that holds no rows."""
-    if kind == "sigmoid" and bias is None:
-        raise ValueError("bias=None, the sigmoid loss needs a bias")
+    check_bias(kind, bias)
     if len(x) == 0 and world_size() > 1:
         # This rank must still take part in the backward exchange, and give its parameters a gradient.
         zero = (x.sum() + y_all[:0].sum()) * scale

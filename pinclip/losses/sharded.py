@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pinclip.distributed import GatheredRows, RowSums, check_same, exchange_rows, gather_rows
+from pinclip.losses.rows import check_bias
 from pinclip.ops._checks import without_autocast
 from pinclip.ops._pair_tiles import PairMasks
 from pinclip.ops.contrastive import (
@@ -53,6 +54,7 @@ def sharded_loss(
     all_to_all of the columns' statistics and one gather of them, 8·P·N bytes each. Extra memory: the N rows
     (softmax), a shard of gradients, and that of the op on one shard.
     """
+    check_bias(kind, bias)
     if len(x):
         check_pair_arguments(x, y.local if len(y.local) else x, scale, Pairs(), dims, normalizer, "zero")
     dims = None if dims is None else tuple(dims)
@@ -119,23 +121,20 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, x: Tensor, y: Tensor, scale: Tensor, shards: _Shards) -> Tensor:
-        size = shards.prefixes, len(x)
-        rows = x.new_full(size, -torch.inf, dtype=scale.dtype), x.new_zeros(size, dtype=scale.dtype)
-        s_PK = x.new_zeros((shards.prefixes, len(shards.masks.pos_rows)), dtype=scale.dtype)
+        symmetric = shards.sides[1] is not None
+        rows = _of_nothing(scale, shards.prefixes, len(x))
+        s_PK = scale.new_zeros((shards.prefixes, len(shards.masks.pos_rows)))
         of_cols = [None] * len(shards.counts)
         for r, y_r in shards.rows:
-            size = shards.prefixes, len(y_r)
-            col = x.new_full(size, -torch.inf, dtype=scale.dtype), x.new_zeros(size, dtype=scale.dtype)
+            col = _of_nothing(scale, shards.prefixes, len(y_r))
             if len(x) and len(y_r):
                 masks, offset, both = shards.of(r)
-                s, (row, found) = softmax_statistics(x, y_r, scale, masks, offset, both, shards.dims)
+                s, (row, col) = softmax_statistics(x, y_r, scale, masks, offset, both, shards.dims)
                 s_PK = torch.where(masks.pos_rows < 0, s_PK, s)
                 rows = merge_statistics(rows, row)
-                col = found if both[1] is not None else col
-            of_cols[r] = torch.stack(col).permute(2, 0, 1)
-        cols = s_PK.new_empty(0), s_PK.new_empty(0)
-        if shards.sides[1] is not None:
-            cols = _merged_columns(of_cols, shards.counts)
+            if symmetric:
+                of_cols[r] = torch.stack(col).permute(2, 0, 1)
+        cols = _merged_columns(of_cols, shards.counts) if symmetric else (s_PK.new_empty(0),) * 2
         ctx.shards = shards
         ctx.save_for_backward(x, scale, *rows, *cols)
         return softmax_loss(s_PK, (rows, cols), shards.masks, shards.sides)
@@ -163,6 +162,11 @@ class _Softmax(torch.autograd.Function):
             if need[1]:
                 dy.add(torch.zeros_like(y_r) if part is None else part)
         return dx.to(x.dtype) if need[0] else None, dy.result() if need[1] else None, dscale, None
+
+
+def _of_nothing(scale: Tensor, prefixes: int, size: int) -> tuple[Tensor, Tensor]:
+    """(peak, total) [P, size] of segments without a candidate."""
+    return scale.new_full((prefixes, size), -torch.inf), scale.new_zeros((prefixes, size))
 
 
 def _merged_columns(of_cols: list[Tensor], counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:

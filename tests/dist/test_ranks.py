@@ -163,6 +163,12 @@ def check_shared_gather(counts):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
+def check_sigmoid_without_bias(counts):
+    image, text, scale, _ = Model()(whole_batch()[local_rows(counts)])
+    with pytest.raises(ValueError, match="bias=None"):
+        ImageTextLoss("sigmoid")(image, text, scale)
+
+
 def check_reductions(world):
     r = D.rank()
     assert (r, D.world_size()) == (dist.get_rank(), world)
@@ -192,6 +198,7 @@ def work(rank, world, folder):
             check_gather(counts)
             check_shards(counts)
             check_shared_gather(counts)
+            check_sigmoid_without_bias(counts)
             for case in CASES:
                 local = loss_and_gradients(case, local_rows(counts))
                 results[case, number] = {name: D.all_mean(value) for name, value in local.items()}
