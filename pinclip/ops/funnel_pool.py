@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from pinclip.ops._checks import check_device, check_float, check_shape, require, without_autocast
 from pinclip.ops._rows import as_rows, runs_triton
 from pinclip.reference.attention import accumulation_dtype
+from pinclip.reference.funnel_pool import funnel_pool as reference
 
 
 def funnel_pool(x: Tensor, grid: int, residual: Tensor | None = None) -> Tensor:
@@ -38,16 +38,14 @@ def funnel_pool(x: Tensor, grid: int, residual: Tensor | None = None) -> Tensor:
 @torch.library.custom_op("pinclip::funnel_pool", mutates_args=())
 @without_autocast
 def _funnel_pool(x: Tensor, residual: Tensor | None, grid: int) -> Tensor:
-    dtype = _result_dtype(x, residual)
     if runs_triton(x.shape[2], x, x if residual is None else residual):
         from pinclip_kernels.triton import funnel_pool as kernels
 
+        dtype = _result_dtype(x, residual)
         with torch.cuda.device_of(x):
             y = kernels.forward(as_rows(x), None if residual is None else as_rows(residual), dtype, grid)
         return y.view(x.shape[0], grid * grid // 4, x.shape[2])
-    image = x.to(accumulation_dtype(dtype)).unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # channels last
-    pooled = avg_pool2d(image, 2).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-    return (pooled if residual is None else pooled.add_(residual)).to(dtype)
+    return reference(x, residual, grid)
 
 
 @_funnel_pool.register_fake
