@@ -79,7 +79,7 @@ def attention(
     arch = _architecture(tensors[0].device.type, tensors[0].device.index)
     if arch and cu_seqlens is not None and max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-    ours = arch > 0 and _choose(tensors, arch, max_seqlen, cu_seqlens, key_lengths, normed).ours
+    ours = arch > 0 and _choose(tensors, arch, max_seqlen, cu_seqlens, key_lengths, causal, normed).ours
     norm = (None, None, 0.0, None, None)
     if normed and ours and arch >= 90:
         norm = _norm_arguments(qk_norm, rope)
@@ -107,7 +107,7 @@ def _architecture(device_type: str, index: int | None) -> int:
     return 10 * major + minor
 
 
-def _choose(tensors, arch, max_seqlen, cu_seqlens, key_lengths, normed) -> dispatch.Row:
+def _choose(tensors, arch, max_seqlen, cu_seqlens, key_lengths, causal, normed) -> dispatch.Row:
     first, last = tensors[0], tensors[-1]
     varlen = cu_seqlens is not None
     queries, keys = (max_seqlen, max_seqlen) if varlen else (first.shape[1], last.shape[1])
@@ -117,6 +117,7 @@ def _choose(tensors, arch, max_seqlen, cu_seqlens, key_lengths, normed) -> dispa
         width=first.shape[-1],
         queries=queries,
         keys=keys,
+        causal=causal,
         varlen=varlen,
         padded=key_lengths is not None,
         normed=normed,

@@ -16,8 +16,9 @@ from pinclip.reference.attention import attention as reference
 op = import_module("pinclip.ops.attention")  # the package has a function of that name
 
 WIDTHS = [64, 72, 80, 88, 96, 128]
-# Around tiles of 16, 64 and 128 rows; ViTs with and without CLS; the longest backward pass in one kernel.
-TOKENS = [1, 16, 17, 63, 64, 65, 77, 128, 129, 196, 197, 256, 257, 320]
+# Around tiles of 16, 64 and 128 rows; ViTs with and without CLS; the longest backward pass in one kernel, and
+# one with a last token apart from its tiles.
+TOKENS = [1, 16, 17, 63, 64, 65, 77, 128, 129, 196, 197, 256, 257, 258, 320]
 # Empty segments first, inside and last; 64 rows that are one segment; two that share a tile with others.
 SEGMENTS = torch.tensor([0, 0, 3, 10, 13, 13, 77, 100, 100, 101, 130, 130], dtype=torch.int32)
 
@@ -94,7 +95,7 @@ def check_sizes(kernels, tokens, causal):
     compare(half(2 if tokens < 128 else 1, tokens, 3, 1, 64), causal=causal)
 
 
-@pytest.mark.parametrize("tokens", [50, 77, 129])
+@pytest.mark.parametrize("tokens", [50, 77, 129, 256, 257])
 @pytest.mark.parametrize("width", WIDTHS)
 def check_head_dims(both_tables, width, tokens):
     compare(half(1, tokens, 3, 2 if tokens == 50 else 1, width), causal=tokens == 129)
@@ -341,14 +342,15 @@ def test_cases_cover_the_launch_table():
                 for norm in (False, launch.fuses_norm(arch)):
                     forward = launch.forward_config(n, width, norm, arch)
                     assert (launch.attention_forward, forward, arch) in listed
-                    backward = launch.backward_config(n, width, norm, arch)
-                    if isinstance(backward, launch.Config):
-                        assert n <= backward.rows
-                        assert (launch.attention_backward, backward, arch) in listed
-                    else:
-                        queries, keys = backward
-                        assert (launch.attention_backward_queries, queries, arch) in listed
-                        assert (launch.attention_backward_keys, keys, arch) in listed
+                    for plain in (False, True):
+                        backward = launch.backward_config(n, width, norm, arch, plain)
+                        if isinstance(backward, launch.Config):
+                            assert n <= backward.groups * backward.rows + (plain and not norm)
+                            assert (launch.attention_backward, backward, arch) in listed
+                        else:
+                            queries, keys = backward
+                            assert (launch.attention_backward_queries, queries, arch) in listed
+                            assert (launch.attention_backward_keys, keys, arch) in listed
 
 
 # Which kernel runs ----------------------------------------------------------------------------------------
@@ -356,7 +358,7 @@ def test_cases_cover_the_launch_table():
 
 def call(**changes):
     usual = {"dtype": torch.bfloat16, "arch": 90, "width": 64, "queries": 197, "keys": 197}
-    flags = {"varlen": False, "padded": False, "normed": False}
+    flags = dict.fromkeys(("causal", "varlen", "padded", "normed"), False)
     return dispatch.Call(**{**usual, **flags, **changes})
 
 
@@ -364,8 +366,12 @@ def call(**changes):
     "changes,ours",
     [
         ({}, True),
-        ({"queries": 257, "keys": 257}, False),
-        ({"width": 72, "queries": 256, "keys": 256}, False),
+        ({"queries": 257, "keys": 257}, True),
+        ({"queries": 257, "keys": 257, "causal": True}, False),
+        ({"queries": 257, "keys": 256}, False),
+        ({"queries": 258, "keys": 258}, False),
+        ({"width": 72, "queries": 256, "keys": 256}, True),
+        ({"width": 128}, False),
         ({"width": 72, "queries": 77, "keys": 77}, True),
         ({"queries": 577, "keys": 577, "padded": True}, False),
         ({"queries": 320, "keys": 320, "varlen": True}, True),
@@ -388,7 +394,7 @@ def test_a_dense_call_is_ours_where_its_backward_is_one_kernel(width, arch):
     from pinclip_kernels.triton import attention as launch
 
     for n in range(1, launch.LONGEST + 1):
-        one = isinstance(launch.backward_config(n, width, False, arch), launch.Config)
+        one = isinstance(launch.backward_config(n, width, False, arch, plain=True), launch.Config)
         assert dispatch.choose(call(arch=arch, width=width, queries=n, keys=n)).ours == one
 
 
@@ -507,7 +513,7 @@ class TestGpu:
         seed = normal(*out.shape, seed=90, dtype=out.dtype).cuda()
         return [out.detach(), *torch.autograd.grad(out, leaves, seed)]
 
-    @pytest.mark.parametrize("tokens,width", [(197, 64), (77, 72)])
+    @pytest.mark.parametrize("tokens,width", [(197, 64), (257, 80), (77, 72)])
     def test_repeats_bit_for_bit(self, tokens, width):
         qkv = self.heads(16, tokens, 3, 4, width)
         first = self.run(qkv)

@@ -12,14 +12,20 @@ import triton.language as tl
 from pinclip_kernels.triton._attention_tile import (
     LOG2_E,
     NUMBERS,
+    add_outer,
     add_product,
+    add_sum,
+    along_row,
     dot_rows,
+    inner_row,
     inner_rows,
     keep_pairs,
+    load_row,
     load_rows,
     load_tile,
     offset_of,
     scale_rows,
+    store_row,
     store_rows,
     window_of,
     zero_rows,
@@ -44,6 +50,13 @@ def _slopes(p, do_rows, v_rows, delta):
 
 
 @triton.jit
+def _rates(s, dp, lse2, delta, scale2):
+    """P and dS, fp32, of products that are no tile: of rows with one row, or of two."""
+    p = tl.exp2(s * scale2 - lse2)
+    return p, p * (dp - delta)
+
+
+@triton.jit
 def _load_upstream(rows, dout, lse, n_q, heads, DH: tl.constexpr):
     """dout, and the logsumexp in units of log 2, of some queries."""
     inside = rows < n_q
@@ -52,36 +65,76 @@ def _load_upstream(rows, dout, lse, n_q, heads, DH: tl.constexpr):
 
 
 @triton.jit
+def _add(a, b):
+    """a + b, each the result of a product of its own.
+
+    Not `+`, which the compiler would make one accumulator of both products: it then lays out the first one
+    over twice the registers."""
+    if len(a) == 2:
+        return (tl.fma(b[0], 1.0, a[0]), tl.fma(b[1], 1.0, a[1]))
+    else:
+        return (tl.fma(b[0], 1.0, a[0]),)
+
+
+@triton.jit
 def _backward_step(
-    dq,
-    queries,
-    upstream,
+    dqs,
+    groups,
     memory,
     key0,
     sizes,
     starts,
     scale,
     norm,
+    last,
     KEYS: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     DH: tl.constexpr,
 ):
-    """KEYS keys against all queries of the window: writes dk and dv, returns dq (but for the scale)."""
+    """KEYS keys against all groups of queries, one after the other: writes dk and dv, returns the dq (but for
+    the scale). last: what the query behind the groups adds, its P and dS, q and dout; or None first."""
     k, v, dk, dv, k_row, dk_row = memory
     row0, n_k, stored = sizes
     PACKED: tl.constexpr = starts is not None
     keys = load_tile(k, key0, k_row, n_k, row0, starts, norm, KEYS, DH)
     cols = keys[0][0]
     v_rows = load_rows(v, cols, k_row, cols < n_k, DH)
-    do_rows, lse2, delta = upstream
-    p = _probabilities(queries, keys, lse2, n_k, scale * LOG2_E, MASK, PACKED, CAUSAL)
-    dv_rows = add_product(zero_rows(KEYS, DH), p.to(do_rows[0].dtype).T, do_rows)
-    ds = _slopes(p, do_rows, v_rows, delta)
-    dq = add_product(dq, ds, keys[1])
-    dk_rows = scale_rows(add_product(zero_rows(KEYS, DH), ds.T, queries[1]), scale)
-    store_rows(dk, cols, dk_row, cols < stored, dk_rows, DH)
+    updated = ()
+    for g in tl.static_range(len(groups)):
+        queries, do_rows, lse2, delta = groups[g]
+        p = _probabilities(queries, keys, lse2, n_k, scale * LOG2_E, MASK, PACKED, CAUSAL)
+        dv_part = add_product(zero_rows(KEYS, DH), p.to(do_rows[0].dtype).T, do_rows)
+        ds = _slopes(p, do_rows, v_rows, delta)
+        updated = updated + (add_product(dqs[g], ds, keys[1]),)  # noqa: RUF005
+        dk_part = add_product(zero_rows(KEYS, DH), ds.T, queries[1])
+        if g == 0:
+            dk_rows, dv_rows = dk_part, dv_part
+        else:
+            dk_rows, dv_rows = _add(dk_rows, dk_part), _add(dv_rows, dv_part)
+    if last[0] is not None:
+        rates, n, q1, do1 = last
+        dv_rows = add_outer(dv_rows, tl.load(rates + cols), load_row(do1, DH))
+        dk_rows = add_outer(dk_rows, tl.load(rates + n + cols), load_row(q1, DH))
+    store_rows(dk, cols, dk_row, cols < stored, scale_rows(dk_rows, scale), DH)
     store_rows(dv, cols, dk_row, cols < stored, dv_rows, DH)
+    return updated
+
+
+@triton.jit
+def _last_query(dq, q, do, lse2, delta, k, v, k_row, scale2, rates, N: tl.constexpr, DH: tl.constexpr):
+    """One query against the first N keys: adds to its dq (but for the scale), and writes P and dS as `rates`
+    [2, N]."""
+    for first in tl.static_range(0, N, 128):
+        cols = first + tl.arange(0, 128)
+        k_rows, v_rows = (
+            load_rows(k, cols, k_row, cols < N, DH),
+            load_rows(v, cols, k_row, cols < N, DH),
+        )
+        p, ds = _rates(along_row(k_rows, q), along_row(v_rows, do), lse2, delta, scale2)
+        dq = add_sum(dq, ds, k_rows)
+        tl.store(rates + cols, p)
+        tl.store(rates + N + cols, ds)
     return dq
 
 
@@ -96,6 +149,7 @@ def attention_backward(
     dq,
     dk,
     dv,
+    rates,
     bounds,
     starts,
     lengths,
@@ -121,13 +175,19 @@ def attention_backward(
     CAUSAL: tl.constexpr,
     DH: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
     KEYS: tl.constexpr,
     TAIL_KEYS: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """All gradients of one head of one window of at most ROWS queries.
+    """All gradients of one head of one window of at most N = GROUPS * ROWS queries.
 
-    Queries and dout stay in shared memory, dq in registers; keys and values pass by once."""
+    Queries and dout stay in shared memory, dq in registers; keys and values pass by once. The scores of one
+    group of ROWS queries at a time are in registers.
+
+    rates: the windows are N + 1 queries and keys without any mask, norm or rotation (patches and CLS). The
+    last ones are no tile, but single rows: what they add to the gradients of the others is a number of every
+    row times one row. P and dS of the last query wait in rates, fp32 [windows, heads, 2, N]."""
     head = tl.program_id(0) % heads
     window = tl.program_id(0) // heads
     stored = n_k
@@ -142,43 +202,74 @@ def attention_backward(
         memory = k + k_at, v + k_at, dk + dk_at, dv + dk_at, k_row8 * 8, dk_row8 * 8
         out_at = (row0 * heads + head) * DH
 
-        queries = load_tile(q, 0, q_row8 * 8, n_q, row0, starts, (q_weight, eps, cos, sin), ROWS, DH)
-        rows = queries[0][0]
-        do_rows, lse2 = _load_upstream(rows, dout + out_at, lse + row0 * heads + head, n_q, heads, DH)
-        delta = inner_rows(load_rows(out + out_at, rows, heads * DH, rows < n_q, DH), do_rows)
-        upstream = do_rows, lse2, delta
+        lse += row0 * heads + head
+        N: tl.constexpr = GROUPS * ROWS
+        scale2 = scale * LOG2_E
+        last = None, N, q, dout
+        if rates is not None:
+            rates += tl.program_id(0).to(tl.int64) * (2 * N)
+            last_q, last_do = q + N * q_row8 * 8, dout + out_at + N * heads * DH
+            last = rates, N, last_q, last_do
+            q1, do1 = load_row(last_q, DH), load_row(last_do, DH)
+            k1, v1 = load_row(k + k_at + N * k_row8 * 8, DH), load_row(v + k_at + N * k_row8 * 8, DH)
+            lse1 = tl.load(lse + N * heads) * LOG2_E
+            delta1 = inner_row(load_row(out + out_at + N * heads * DH, DH), do1)
+            p1, ds1 = _rates(inner_row(q1, k1), inner_row(do1, v1), lse1, delta1, scale2)
+            dk1, dv1, dq1 = scale_rows(q1, ds1), scale_rows(do1, p1), scale_rows(k1, ds1)
+            dq1 = _last_query(
+                dq1, q1, do1, lse1, delta1, k + k_at, v + k_at, k_row8 * 8, scale2, rates, N, DH
+            )
+            store_row(dq + N * dq_row8 * 8, scale_rows(dq1, scale), DH)
+        groups, dqs = (), ()
+        for g in tl.static_range(GROUPS):
+            queries = load_tile(
+                q, g * ROWS, q_row8 * 8, n_q, row0, starts, (q_weight, eps, cos, sin), ROWS, DH
+            )
+            rows = queries[0][0]
+            do_rows, lse2 = _load_upstream(rows, dout + out_at, lse, n_q, heads, DH)
+            delta = inner_rows(load_rows(out + out_at, rows, heads * DH, rows < n_q, DH), do_rows)
+            groups = groups + ((queries, do_rows, lse2, delta),)  # noqa: RUF005
+            dq_rows = zero_rows(ROWS, DH)
+            if rates is not None:
+                p, ds = _rates(along_row(queries[1], k1), along_row(do_rows, v1), lse2, delta, scale2)
+                dk1, dv1 = add_sum(dk1, ds, queries[1]), add_sum(dv1, p, do_rows)
+                dq_rows = add_outer(dq_rows, ds, k1)
+            dqs = dqs + (dq_rows,)  # noqa: RUF005
+        if rates is not None:
+            store_row(dk + dk_at + N * dk_row8 * 8, scale_rows(dk1, scale), DH)
+            store_row(dv + dk_at + N * dk_row8 * 8, dv1, DH)
+            tl.debug_barrier()  # the rates are read by other threads than those that wrote them
 
         sizes, k_norm = (row0, n_k, stored), (k_weight, eps, cos, sin)
         MASK: tl.constexpr = RAGGED or CAUSAL or starts is not None
-        dq_rows = zero_rows(ROWS, DH)
         whole = n_k if RAGGED else n_k // KEYS * KEYS
         for key0 in tl.range(0, whole, KEYS):
-            dq_rows = _backward_step(
-                dq_rows,
-                queries,
-                upstream,
+            dqs = _backward_step(
+                dqs,
+                groups,
                 memory,
                 key0,
                 sizes,
                 starts,
                 scale,
                 k_norm,
+                last,
                 KEYS,
                 MASK,
                 CAUSAL,
                 DH,
             )
         if TAIL_KEYS > 0:
-            dq_rows = _backward_step(
-                dq_rows,
-                queries,
-                upstream,
+            dqs = _backward_step(
+                dqs,
+                groups,
                 memory,
                 whole,
                 sizes,
                 starts,
                 scale,
                 k_norm,
+                last,
                 TAIL_KEYS,
                 True,
                 CAUSAL,
@@ -189,7 +280,9 @@ def attention_backward(
                 cols = key0 + tl.arange(0, KEYS)
                 store_rows(memory[2], cols, dk_row8 * 8, cols < stored, zero_rows(KEYS, DH), DH)
                 store_rows(memory[3], cols, dk_row8 * 8, cols < stored, zero_rows(KEYS, DH), DH)
-        store_rows(dq, rows, dq_row8 * 8, rows < n_q, scale_rows(dq_rows, scale), DH)
+        for g in tl.static_range(GROUPS):
+            rows = groups[g][0][0][0]
+            store_rows(dq, rows, dq_row8 * 8, rows < n_q, scale_rows(dqs[g], scale), DH)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -106,6 +106,64 @@ def inner_rows(a, b):
 
 
 @triton.jit
+def load_row(base, DH: tl.constexpr):
+    """One row of a head, fp32."""
+    if DH == 64 or DH == 128:
+        return (tl.load(base + tl.arange(0, DH)).to(tl.float32),)
+    else:
+        cols = 64 + tl.arange(0, 16 if DH <= 80 else 32)
+        x0 = tl.load(base + tl.arange(0, 64)).to(tl.float32)
+        return (x0, tl.load(base + cols, mask=cols < DH, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def store_row(base, x, DH: tl.constexpr):
+    tl.store(base + tl.arange(0, x[0].shape[0]), x[0].to(base.dtype.element_ty))
+    if len(x) == 2:
+        cols = 64 + tl.arange(0, x[1].shape[0])
+        tl.store(base + cols, x[1].to(base.dtype.element_ty), mask=cols < DH)
+
+
+@triton.jit
+def inner_row(a, b):
+    """Σ a ∘ b of two single rows."""
+    total = tl.sum(a[0] * b[0])
+    if len(a) == 2:
+        total += tl.sum(a[1] * b[1])
+    return total
+
+
+@triton.jit
+def along_row(x, u):
+    """Σ x ∘ u of every row x with one row u, fp32."""
+    total = tl.sum(x[0].to(tl.float32) * u[0][None, :], 1)
+    if len(x) == 2:
+        total += tl.sum(x[1].to(tl.float32) * u[1][None, :], 1)
+    return total
+
+
+@triton.jit
+def add_outer(acc, t, u):
+    """acc + t uᵀ, of a number of every row and one row u."""
+    if len(u) == 2:
+        return (acc[0] + t[:, None] * u[0][None, :], acc[1] + t[:, None] * u[1][None, :])
+    else:
+        return (acc[0] + t[:, None] * u[0][None, :],)
+
+
+@triton.jit
+def add_sum(acc, t, x):
+    """acc + Σ t x over the rows x, one number t of every row."""
+    if len(x) == 2:
+        return (
+            acc[0] + tl.sum(t[:, None] * x[0].to(tl.float32), 0),
+            acc[1] + tl.sum(t[:, None] * x[1].to(tl.float32), 0),
+        )
+    else:
+        return (acc[0] + tl.sum(t[:, None] * x[0].to(tl.float32), 0),)
+
+
+@triton.jit
 def dot_rows(a, b):
     """a bᵀ over the features, fp32."""
     s = tl.dot(a[0], b[0].T)

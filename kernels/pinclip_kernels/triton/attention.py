@@ -32,13 +32,14 @@ LONGEST = 384
 
 @dataclass(frozen=True)
 class Config:
-    """ROWS queries and KEYS keys at a time."""
+    """ROWS queries and KEYS keys at a time; groups of as many queries that a backward program holds."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     reason: str
+    groups: int = 1
 
 
 _FORWARD_WIDE = Config(
@@ -74,14 +75,28 @@ def _rows_computed(n: int, rows: int) -> int:
 
 
 _SINGLE_64 = Config(
-    64, 64, 4, 1, "Compiled: 255 registers with everything on, no spill, two programs an SM. Dh 64 only."
+    64, 64, 4, 2, "Compiled: at most 234 registers with everything on, two programs an SM. Dh 64 only."
 )
-_SINGLE_64_WIDE = Config(64, 64, 8, 1, "Compiled: four warps spill at Dh > 64.")
+_SINGLE_64_WIDE = Config(64, 64, 8, 2, "Compiled: no spill; four warps spill at Dh > 64.")
 _SINGLE_128 = Config(
-    128, 64, 8, 1, "Compiled: no spill, but for 2 registers with norm at Dh 88; four warps spill."
+    128,
+    64,
+    8,
+    2,
+    "Compiled: no spill; four warps spill. The next keys are copied while these are multiplied.",
 )
+_SINGLE_128_NORM = Config(128, 64, 8, 1, "Compiled: two stages with norm and rotation take 263 KB at Dh 128.")
 _SINGLE_256 = Config(
-    256, 64, 8, 1, "Compiled: 251 to 255 registers at Dh 64, dq taking 64 of them; greater heads spill."
+    128,
+    64,
+    8,
+    2,
+    """Compiled: two groups of 128 queries; scores of 256 spill. No spill at Dh 64. At 72 and 80 22 to
+    32, at 88 and 96 49 to 66 of 1,194 to 1,740 instructions of the loop are spills, at Dh 128 more.""",
+    groups=2,
+)
+_SINGLE_256_NORM = Config(
+    128, 64, 8, 1, "Compiled: as above, but two stages spill with norm and rotation.", groups=2
 )
 _SINGLE_80 = Config(128, 32, 8, 1, "Compiled: operands lie in registers on sm_80; 64 keys spill.")
 _QUERIES = Config(64, 64, 4, 2, "Compiled: 126 registers at Dh 64, four programs an SM.")
@@ -95,25 +110,32 @@ _KEYS_80 = Config(
 )
 
 
-def backward_config(n_q: int, width: int, norm: bool, arch: int) -> Config | tuple[Config, Config]:
-    """One row for the single kernel; two, of the passes over queries and over keys, where it does not fit."""
+def backward_config(
+    n_q: int, width: int, norm: bool, arch: int, plain: bool = False
+) -> Config | tuple[Config, Config]:
+    """One row for the single kernel; two, of the passes over queries and over keys, where it does not fit.
+
+    plain: as many keys as queries, without masks; then one token more than the groups hold fits too."""
     if arch < 90:
         return _SINGLE_80 if n_q <= 128 and width in (64, 128) else (_QUERIES_80, _KEYS_80)
     if n_q <= 64 and width < 128:
         return _SINGLE_64 if width == 64 else _SINGLE_64_WIDE
     if n_q <= 128:
-        return _SINGLE_128
-    if n_q <= 256 and width == 64 and not norm:
-        return _SINGLE_256
+        return _SINGLE_128_NORM if norm and width == 128 else _SINGLE_128
+    if n_q <= (257 if plain and not norm else 256) and width <= (80 if norm else 96):
+        return _SINGLE_256_NORM if norm else _SINGLE_256
     return (_TWICE_NORM, _TWICE_NORM) if norm else (_QUERIES, _KEYS)
 
 
-def takes_tails(width: int, backward: bool, norm: bool, arch: int) -> bool:
+def takes_tails(width: int, norm: bool, arch: int, backward: Config | None = None) -> bool:
     """Whether a last tile of 1 to 16 queries or keys is taken as one of 16, apart from the others.
 
-    Compiled: not on sm_80, with norm and rotation, or backward at 72 and 80 features, where it spills.
+    Compiled: not on sm_80, with norm and rotation, or backward with two groups or at 72, 80 and 128 features,
+    where it spills.
     """
-    return arch >= 90 and not norm and not (backward and width in (72, 80))
+    if arch < 90 or norm:
+        return False
+    return backward is None or (backward.groups == 1 and width in (64, 88, 96))
 
 
 def fuses_norm(arch: int) -> bool:
@@ -181,10 +203,10 @@ class Problem:
     def _fuses(self) -> bool:
         return self.norm.q_weight is not None or self.norm.cos is not None
 
-    def _arguments(self, config: Config, tails: bool | None) -> dict:
+    def _arguments(self, config: Config, tails: bool | None, apart: int = 0) -> dict:
         """What all kernels take. Without a tail, or with lengths known on the device only, all tiles are
-        masked, unless they are whole."""
-        rest = self.n_k % config.keys if self.bounds is None and self.lengths is None else -1
+        masked, unless they are whole. apart: keys that are in no tile."""
+        rest = (self.n_k - apart) % config.keys if self.bounds is None and self.lengths is None else -1
         tail = 16 if tails and 0 < rest <= 16 else 0
         arguments = {
             "bounds": self.bounds,
@@ -214,7 +236,7 @@ class Problem:
         heads, width = self.q.shape[2:]
         config = forward_config(self.n_q, width, self._fuses(), self.arch)
         rest = self.n_q % config.rows
-        tails = takes_tails(width, False, self._fuses(), self.arch)
+        tails = takes_tails(width, self._fuses(), self.arch)
         tail_rows = 16 if tails and self.bounds is None and 0 < rest <= 16 else 0
         tiles = triton.cdiv(self.n_q, config.rows)
         attention_forward[(self.windows * heads * tiles,)](
@@ -232,7 +254,10 @@ class Problem:
         self, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Writes the gradients, views [.., H, Dh] with heads side by side, dk and dv with equal strides;
-        returns those of the norm's weights (fp32 [Dh], empty without a norm)."""
+        returns those of the norm's weights (fp32 [Dh], empty without a norm).
+
+        Extra memory: fp32 [B, H, N] in two passes, twice that for 257 tokens in one.
+        """
         if self.varlen:
             dq, dk, dv = dq[None], dk[None], dv[None]
         q_weight, k_weight, *rest = self.norm
@@ -244,15 +269,17 @@ class Problem:
         dout = _aligned(dout)
         heads, width = self.q.shape[2:]
         to_q, to_k = _strides("dq", dq, False), _strides("dk", dk, False)
-        configs = backward_config(self.n_q, width, self._fuses(), self.arch)
+        plain = not (self.causal or self.bounds is not None or self.lengths is not None)
+        plain = plain and self.n_q == self.n_k
+        configs = backward_config(self.n_q, width, self._fuses(), self.arch, plain)
         if isinstance(configs, Config):
-            arguments = {
-                **to_q,
-                **to_k,
-                **self._arguments(configs, takes_tails(width, True, self._fuses(), self.arch)),
-            }
+            held = configs.groups * configs.rows
+            apart = max(0, self.n_q - held)
+            rates = lse.new_empty((self.windows * heads, 2, held)) if apart else None
+            tails = takes_tails(width, self._fuses(), self.arch, configs)
+            arguments = {**to_q, **to_k, **self._arguments(configs, tails, apart), "GROUPS": configs.groups}
             attention_backward[(self.windows * heads,)](
-                self.q, self.k, self.v, out, dout, lse, dq, dk, dv, **arguments
+                self.q, self.k, self.v, out, dout, lse, dq, dk, dv, rates, **arguments
             )
         else:
             delta = torch.empty_like(lse)
@@ -295,6 +322,7 @@ _NORM = ("q_weight", "k_weight", "cos", "sin")
 _VARIANTS = {
     "plain": ({}, ()),
     "tails": (_TAILS, ()),
+    "last": ({}, ("rates",)),
     "ragged": ({"RAGGED": True}, ()),
     "packed": (_MASKED, _PACKED),
     "segments": (_MASKED, ("bounds",)),
@@ -312,9 +340,12 @@ _ROWS = (
     (attention_backward, _SINGLE_64, 90, (64,), ("plain", "tails", "norm")),
     (attention_backward, _SINGLE_64_WIDE, 90, (72, 88), ("plain", "norm")),
     (attention_backward, _SINGLE_64_WIDE, 90, (88,), ("tails",)),
-    (attention_backward, _SINGLE_128, 90, _WIDTHS, ("plain", "norm")),
-    (attention_backward, _SINGLE_128, 90, (64, 88, 128), ("tails",)),
-    (attention_backward, _SINGLE_256, 90, (64,), ("plain", "tails", "ragged", "segments", "lengths")),
+    (attention_backward, _SINGLE_128, 90, _WIDTHS, ("plain",)),
+    (attention_backward, _SINGLE_128, 90, (64, 72, 88), ("norm",)),
+    (attention_backward, _SINGLE_128, 90, (64, 88), ("tails",)),
+    (attention_backward, _SINGLE_128_NORM, 90, (128,), ("norm",)),
+    (attention_backward, _SINGLE_256, 90, (64, 72, 88), ("plain", "last", "ragged", "segments", "lengths")),
+    (attention_backward, _SINGLE_256_NORM, 90, (64, 72), ("norm",)),
     (attention_backward, _SINGLE_80, 80, (64, 128), ("plain", "packed")),
     (attention_backward_queries, _QUERIES, 90, _WIDTHS, ("plain", "segments", "lengths")),
     (attention_backward_keys, _KEYS, 90, _WIDTHS, ("plain", "segments", "lengths")),
@@ -354,14 +385,15 @@ def compile_cases() -> list[CompileCase]:
 def _case(kernel, config: Config, arch: int, width: int, variant: str, kind: str) -> CompileCase:
     constants, given = _VARIANTS[variant]
     chosen = {"CAUSAL": False, "RAGGED": False, "TAIL_ROWS": 0, "TAIL_KEYS": 0, **constants}
-    chosen |= {"DH": width, "ROWS": config.rows, "KEYS": config.keys}
-    chosen |= {name: None for name in ("bounds", "starts", "lengths", *_NORM) if name not in given}
+    chosen |= {"DH": width, "ROWS": config.rows, "GROUPS": config.groups, "KEYS": config.keys}
+    chosen |= {name: None for name in ("rates", "bounds", "starts", "lengths", *_NORM) if name not in given}
     constexprs = {name: value for name, value in chosen.items() if name in kernel.arg_names}
     pointers = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), kind)
     pointers |= dict.fromkeys(("bounds", "starts", "lengths"), "i32")
-    pointers |= dict.fromkeys(("lse", "delta", *_NORM), "fp32")
+    pointers |= dict.fromkeys(("lse", "delta", "rates", *_NORM), "fp32")
+    rows = config.groups * config.rows
     return CompileCase(
-        name=f"{kernel.__name__}/{config.rows}x{config.keys}/{variant}/{width}/{kind}/sm_{arch}",
+        name=f"{kernel.__name__}/{rows}x{config.keys}/{variant}/{width}/{kind}/sm_{arch}",
         kernel=kernel,
         signature=_signature(kernel, pointers, constexprs),
         constexprs=constexprs,
