@@ -110,7 +110,8 @@ TABLE = (
         "everything else",
         lambda c: True,
         False,
-        "Not measured: our backward pass would take two passes, whose products are 7/5 of SDPA's.",
+        "Not measured: our backward pass would compute many rows that are not there, or take two passes with "
+        "7/5 of SDPA's products.",
     ),
 )
 

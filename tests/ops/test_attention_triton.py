@@ -133,7 +133,8 @@ def check_padding_does_not_leak_through_the_norm(kernels):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("longest", [64, 100, 150])  # tiles of 64 and of 128 rows; a segment each
+# Tiles of 64 and of 128 rows; a segment each, whose queries are two or three groups.
+@pytest.mark.parametrize("longest", [64, 100, 150, 300])
 @pytest.mark.parametrize("width", [64, 88])
 def check_varlen(both_tables, width, longest, causal):
     compare(half(130, 3, 1, width), cu_seqlens=SEGMENTS, max_seqlen=longest, causal=causal)
@@ -390,12 +391,12 @@ def test_the_table_chooses(changes, ours):
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_dense_call_is_ours_where_its_backward_is_one_kernel(width, arch):
+def test_the_backward_of_a_dense_call_of_ours_is_one_kernel(width, arch):
     from pinclip_kernels.triton import attention as launch
 
     for n in range(1, launch.LONGEST + 1):
         one = isinstance(launch.backward_config(n, width, False, arch, plain=True), launch.Config)
-        assert dispatch.choose(call(arch=arch, width=width, queries=n, keys=n)).ours == one
+        assert one or not dispatch.choose(call(arch=arch, width=width, queries=n, keys=n)).ours
 
 
 def test_every_row_has_a_reason_and_is_reached():
