@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.registry import BOTH, Arm, Op, Problem, Shape, Unsupported, Work, compiled, dtype_of
 from pinclip.ops import _attention_dispatch as dispatch
-from pinclip.ops.attention import QKNorm, attention
+from pinclip.ops.attention import QKNorm, attention, attention_plan
 from pinclip.reference.attention import attention as reference_attention
 from pinclip.reference.attention import rms_norm, rotate
 
@@ -140,6 +140,15 @@ def _arguments(shape: Shape, problem: Problem, weights) -> dict:
 
 def ours(shape: Shape, problem: Problem):
     return lambda qkv, *weights: attention(qkv, **_arguments(shape, problem, weights))
+
+
+def planned(shape: Shape, problem: Problem):
+    """Ours as in a tower: the plan of the segments is made once for all layers, and not counted here."""
+    if shape.kind != "packed":
+        raise Unsupported("only segments are planned")
+    arguments = _arguments(shape, problem, ())
+    plan = attention_plan(arguments["cu_seqlens"], sum(lengths(shape)), arguments["max_seqlen"])
+    return lambda qkv: attention(qkv, **arguments, plan=plan)
 
 
 def our_kernels(shape: Shape, problem: Problem):
@@ -388,6 +397,7 @@ ENTRIES = (
         plain,
         (
             Arm("pinclip", ours, "ours"),
+            Arm("pinclip, plan made before", planned, "ours", on=_GPU),
             Arm("pinclip, kernels by force", our_kernels, on=_GPU),
             Arm(
                 "reference",

@@ -52,7 +52,7 @@ def part_of(shape: Shape, device: str) -> Part:
         lengths = train_step.text_lengths(model, shape.batch)
         tokens = torch.randn(int(lengths.sum()), config.width)
         ends = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int().to(device)
-        return Part(layer, (tokens.requires_grad_(), Sequences(ends, int(lengths.max()))))
+        return Part(layer, (tokens.requires_grad_(), Sequences.packed(ends, int(lengths.max()), len(tokens))))
 
 
 def work(shape: Shape, mode: str) -> Work:

@@ -176,7 +176,7 @@ def _eager_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     ) / 2
 
 
-def _sdpa(qkv, *, cu_seqlens=None, max_seqlen=None, key_lengths=None):
+def _sdpa(qkv, *, cu_seqlens=None, max_seqlen=None, key_lengths=None, plan=None):
     """torch's attention on the layouts of our towers; packed sequences are padded for it."""
     if cu_seqlens is None:
         q, k, v = qkv.unbind(-3)

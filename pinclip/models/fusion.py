@@ -177,7 +177,7 @@ class Fusion(nn.Module):
         if stages is not None and self.config.image_stages == "last":
             stages = stages[-1:]
         residual = normed = self.embeddings(stages, text, layout)
-        sequences = Sequences(layout.cu_seqlens, layout.max_seqlen)
+        sequences = Sequences.packed(layout.cu_seqlens, layout.max_seqlen, normed.shape[0])
         fusion_rows = layout.fusion_index().flatten()
         for layer in self.layers:
             rows = fusion_rows if layer is self.layers[-1] else None

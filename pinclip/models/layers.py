@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pinclip.ops.attention import attention
+from pinclip.ops.attention import AttentionPlan, attention, attention_plan
 from pinclip.ops.attention_pool import attention_pool
 from pinclip.ops.gated_residual_norm import gated_residual_norm
 from pinclip.ops.gelu import gelu
@@ -65,6 +65,11 @@ class Sequences:
     cu_seqlens: Tensor | None = None  # int32 [S + 1]: x is [T, D]
     max_seqlen: int | None = None
     key_lengths: Tensor | None = None  # int [B]: x is [B, N, D], keys from key_lengths[b] on are padding
+    plan: AttentionPlan | None = None  # of packed sequences, for all layers
+
+    @classmethod
+    def packed(cls, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Sequences:
+        return cls(cu_seqlens, max_seqlen, plan=attention_plan(cu_seqlens, tokens, max_seqlen))
 
 
 DENSE = Sequences()
@@ -115,6 +120,7 @@ class SelfAttention(nn.Module):
             cu_seqlens=sequences.cu_seqlens,
             max_seqlen=sequences.max_seqlen,
             key_lengths=sequences.key_lengths,
+            plan=sequences.plan,
         )
         return self.out_proj(mixed if rows is None else mixed.index_select(0, rows))
 

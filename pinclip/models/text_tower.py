@@ -114,7 +114,7 @@ class TextTower(nn.Module):
         torch.cumsum(lengths, 0, out=cu_seqlens[1:])
         device = tokens.device
         index = to_device(host_index, device)
-        sequences = Sequences(to_device(cu_seqlens, device), int(lengths.max()))
+        sequences = Sequences.packed(to_device(cu_seqlens, device), int(lengths.max()), len(host_index))
 
         x = self.embeddings(tokens.flatten().index_select(0, index), index % padded_length)
         x = self.final_layer_norm(self.encoder(x, sequences))

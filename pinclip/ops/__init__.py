@@ -4,7 +4,7 @@ Each op has one stem in every room: `ops/STEM.py` (the public function), `refere
 plain torch; the truth), `tests/ops/test_STEM.py`.  docs/ops.md and docs/losses.md have the equations.
 """
 
-from pinclip.ops.attention import QKNorm, attention
+from pinclip.ops.attention import AttentionPlan, QKNorm, attention, attention_plan
 from pinclip.ops.attention_pool import attention_pool
 from pinclip.ops.contrastive import contrastive_loss
 from pinclip.ops.funnel_pool import funnel_pool
@@ -17,11 +17,13 @@ from pinclip.ops.random_walk import WalkGraph, random_walk
 from pinclip.ops.sigmoid import sigmoid_loss
 
 __all__ = [
+    "AttentionPlan",
     "FusionLayout",
     "Pairs",
     "QKNorm",
     "WalkGraph",
     "attention",
+    "attention_plan",
     "attention_pool",
     "contrastive_loss",
     "funnel_pool",

@@ -3,6 +3,8 @@
 B batch, N tokens (Nq queries, Nk keys), H heads, Dh head dim, S segments, T tokens of all segments.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,11 +24,34 @@ from pinclip.ops._checks import (
 )
 from pinclip.reference.attention import QKNorm, accumulation_dtype, rms_norm, rotate, segment_positions
 
-__all__ = ["QKNorm", "attention"]
+__all__ = ["AttentionPlan", "QKNorm", "attention", "attention_plan"]
 
 # cuDNN's is left out: with a mask and N % 128 == 64 its dQ is NaN where a row's logsumexp is below -88
 # (pytorch#196678).
+_SHARED = 128  # the longest segments of which several share a tile
 _CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class AttentionPlan(NamedTuple):
+    """Which segments share a tile of the GPU kernels, from `attention_plan`."""
+
+    tiles: Tensor
+    starts: Tensor
+    max_seqlen: int
+
+
+def attention_plan(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> AttentionPlan | None:
+    """What varlen attention of our GPU kernels derives from the segments, to be made once for all layers.
+
+    cu_seqlens, max_seqlen as in `attention`; tokens: T.  None where none of our kernels run, as on a CPU.
+    Two or three small kernels, without waiting for the device.  Extra memory: int32 [T] and about [S].
+    Raises ValueError for other shapes and dtypes.
+    """
+    _check_cu_seqlens(cu_seqlens)
+    require(tokens >= 0 and max_seqlen >= 0, "tokens, max_seqlen", "be 0 or more", (tokens, max_seqlen))
+    if not _architecture(cu_seqlens.device.type, cu_seqlens.device.index):
+        return None
+    return AttentionPlan(*_attention_plan(cu_seqlens, tokens, max_seqlen), max_seqlen)
 
 
 def attention(
@@ -41,6 +66,7 @@ def attention(
     qk_norm: QKNorm | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + mask) v, per head.
 
@@ -61,6 +87,7 @@ def attention(
     rope         (cos, sin), each [at least N, Dh/2]: half-split rotation of queries and keys by their
                  position in the sequence or segment; the tables get no gradient.
     scale        default Dh^-0.5.
+    plan         of these cu_seqlens, from `attention_plan`, with their max_seqlen: made once for all layers.
 
     Any floating dtype; scores and softmax accumulate in fp32, or in fp64 for fp64 inputs.  Under autocast the
     inputs are cast as for scaled_dot_product_attention.  Gradients: q, k, v and the norms.  Deterministic.
@@ -71,6 +98,9 @@ def attention(
     Source: arXiv 1706.03762; the one-pass softmax of arXiv 2205.14135; RoPE arXiv 2104.09864.
     """
     _check(q_or_qkv, k, v, cu_seqlens, causal, key_lengths, qk_norm, rope)
+    if plan is not None:
+        max_seqlen = plan.max_seqlen if max_seqlen is None else max_seqlen
+        _check_plan(plan, q_or_qkv, cu_seqlens, max_seqlen)
     packed = k is None
     tensors = autocast(q_or_qkv) if packed else autocast(q_or_qkv, k, v)
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else float(scale)
@@ -94,7 +124,11 @@ def attention(
     if not (on_cpu or ours):
         return _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale)
     if packed:
-        return _attention(*tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale, *norm)[0]
+        tiles = starts = None
+        if ours and cu_seqlens is not None and (max_seqlen <= _SHARED or rope is not None):
+            tiles, starts, _ = plan or attention_plan(cu_seqlens, q_or_qkv.shape[0], max_seqlen)
+        segments = cu_seqlens, max_seqlen, tiles, starts
+        return _attention(*tensors, *segments, key_lengths, causal, scale, *norm)[0]
     return _cross_attention(*tensors, key_lengths, causal, scale, *norm)[0]
 
 
@@ -160,9 +194,7 @@ def _check(q_or_qkv, k, v, cu_seqlens, causal, key_lengths, qk_norm, rope) -> No
         require(square or not causal, "causal", f"be False for Nq {queries} and Nk {k.shape[1]}", causal)
         longest = max(queries, k.shape[1])
     if cu_seqlens is not None:
-        require(cu_seqlens.dtype == torch.int32, "cu_seqlens", "be an int32 tensor", cu_seqlens.dtype)
-        check_shape("cu_seqlens", cu_seqlens, (None,), "[S+1]")
-        require(cu_seqlens.shape[0] >= 1, "cu_seqlens", "have at least one element", list(cu_seqlens.shape))
+        _check_cu_seqlens(cu_seqlens)
         check_device(first, q_or_qkv, cu_seqlens=cu_seqlens)
     if key_lengths is not None:
         require(cu_seqlens is None, "key_lengths", "be None for varlen attention", "given")
@@ -176,6 +208,19 @@ def _check(q_or_qkv, k, v, cu_seqlens, causal, key_lengths, qk_norm, rope) -> No
         for name, table in zip(("cos", "sin"), rope):
             check_shape(f"rope {name}", table, (None, width // 2), "[N, Dh/2]")
             require(table.shape[0] >= longest, f"rope {name}", f"have {longest} rows or more", table.shape[0])
+
+
+def _check_cu_seqlens(cu_seqlens) -> None:
+    require(cu_seqlens.dtype == torch.int32, "cu_seqlens", "be an int32 tensor", cu_seqlens.dtype)
+    check_shape("cu_seqlens", cu_seqlens, (None,), "[S+1]")
+    require(cu_seqlens.shape[0] >= 1, "cu_seqlens", "have at least one element", list(cu_seqlens.shape))
+
+
+def _check_plan(plan, qkv, cu_seqlens, max_seqlen) -> None:
+    require(cu_seqlens is not None, "plan", "be None without cu_seqlens", "given")
+    require(plan.max_seqlen == max_seqlen, "plan", f"be of max_seqlen {max_seqlen}", plan.max_seqlen)
+    check_shape("plan's starts", plan.starts, (qkv.shape[0],), "[T]")
+    check_device("qkv", qkv, **{"plan's starts": plan.starts})
 
 
 def _norm_and_rotate(q, k, cu_seqlens, qk_norm, rope) -> tuple[Tensor, Tensor]:
@@ -225,12 +270,31 @@ def _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale) -> Te
     return out if cu_seqlens is None else out.flatten(0, 1).index_select(0, slot)
 
 
+@torch.library.custom_op("pinclip::attention_plan", mutates_args=())
+def _attention_plan(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """-> the bounds of the tiles, none where max_seqlen > _SHARED, and the starts of the tokens' segments."""
+    from pinclip_kernels.triton._attention_plan import plan
+
+    with torch.cuda.device_of(cu_seqlens):
+        return plan(cu_seqlens, tokens, max_seqlen)
+
+
+@_attention_plan.register_fake
+def _(cu_seqlens, tokens, max_seqlen):
+    from pinclip_kernels.triton._attention_plan import plan_sizes
+
+    _, most, rows = plan_sizes(cu_seqlens.shape[0] - 1, tokens, max_seqlen)
+    return cu_seqlens.new_empty(most + 1 if rows else 0), cu_seqlens.new_empty(tokens)
+
+
 @torch.library.custom_op("pinclip::attention", mutates_args=())
 @without_autocast
 def _attention(
     qkv: Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    tiles: Tensor | None,
+    starts: Tensor | None,
     key_lengths: Tensor | None,
     causal: bool,
     scale: float,
@@ -245,7 +309,8 @@ def _attention(
     Norm and rotation, fp32, are for our kernels only."""
     if _runs_kernels(qkv):
         norm = q_weight, k_weight, eps, cos, sin
-        problem = _problem(qkv.unbind(-3), cu_seqlens, max_seqlen, key_lengths, causal, scale, *norm)
+        segments = cu_seqlens, max_seqlen, tiles, starts
+        problem = _problem(qkv.unbind(-3), *segments, key_lengths, causal, scale, *norm)
         return _forward(problem, qkv.select(-3, 0))
     assert q_weight is None and cos is None
     _check_on_host(qkv.shape[0] if cu_seqlens is not None else qkv.shape[1], cu_seqlens, key_lengths)
@@ -268,6 +333,8 @@ def _attention_backward(
     lse: Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    tiles: Tensor | None,
+    starts: Tensor | None,
     key_lengths: Tensor | None,
     causal: bool,
     scale: float,
@@ -280,7 +347,8 @@ def _attention_backward(
     """-> the gradients of qkv and of the norm's weights, which are empty without a norm."""
     if _runs_kernels(qkv):
         norm = q_weight, k_weight, eps, cos, sin
-        problem = _problem(qkv.unbind(-3), cu_seqlens, max_seqlen, key_lengths, causal, scale, *norm)
+        segments = cu_seqlens, max_seqlen, tiles, starts
+        problem = _problem(qkv.unbind(-3), *segments, key_lengths, causal, scale, *norm)
         grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         return grad, *_backward(problem, grad_out, out, lse, grad.unbind(-3))
     grad_out, out = (_rows(t).unflatten(-1, qkv.shape[-2:]) for t in (grad_out, out))
@@ -289,22 +357,37 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, key_lengths, causal, scale, q_weight=None, *rest):
+def _(
+    grad_out,
+    qkv,
+    out,
+    lse,
+    cu_seqlens,
+    max_seqlen,
+    tiles,
+    starts,
+    key_lengths,
+    causal,
+    scale,
+    q_weight=None,
+    *rest,
+):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), *_empty_weights(lse, q_weight)
 
 
 def _save_packed(ctx, inputs, output) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, key_lengths, ctx.causal, ctx.scale, *norm = inputs
+    qkv, cu_seqlens, ctx.max_seqlen, tiles, starts, key_lengths, ctx.causal, ctx.scale, *norm = inputs
     q_weight, k_weight, ctx.eps, cos, sin = norm
-    ctx.save_for_backward(qkv, *output, cu_seqlens, key_lengths, q_weight, k_weight, cos, sin)
+    segments = cu_seqlens, tiles, starts
+    ctx.save_for_backward(qkv, *output, *segments, key_lengths, q_weight, k_weight, cos, sin)
 
 
 def _packed_gradient(ctx, grad_out, _grad_lse):
-    qkv, out, lse, cu_seqlens, key_lengths, q_weight, k_weight, cos, sin = ctx.saved_tensors
-    masks = cu_seqlens, ctx.max_seqlen, key_lengths, ctx.causal, ctx.scale
+    qkv, out, lse, cu_seqlens, tiles, starts, key_lengths, q_weight, k_weight, cos, sin = ctx.saved_tensors
+    masks = cu_seqlens, ctx.max_seqlen, tiles, starts, key_lengths, ctx.causal, ctx.scale
     norm = q_weight, k_weight, ctx.eps, cos, sin
     grad, *weights = _attention_backward(grad_out, qkv, out, lse, *masks, *norm)
-    return grad, None, None, None, None, None, *_of_norm(weights, q_weight)
+    return grad, *[None] * len(masks), *_of_norm(weights, q_weight)
 
 
 _attention.register_autograd(_packed_gradient, setup_context=_save_packed)
@@ -328,7 +411,7 @@ def _cross_attention(
     """-> the result, and each row's logsumexp [B, Nq, H] for the backward pass; norm as in `_attention`."""
     if _runs_kernels(q):
         norm = q_weight, k_weight, eps, cos, sin
-        problem = _problem((q, k, v), None, None, key_lengths, causal, scale, *norm)
+        problem = _problem((q, k, v), *[None] * 4, key_lengths, causal, scale, *norm)
         return _forward(problem, q)
     assert q_weight is None and cos is None
     _check_on_host(k.shape[1], None, key_lengths)
@@ -363,7 +446,7 @@ def _cross_attention_backward(
     """-> the gradients of q, k, v and of the norm's weights, which are empty without a norm."""
     if _runs_kernels(q):
         norm = q_weight, k_weight, eps, cos, sin
-        problem = _problem((q, k, v), None, None, key_lengths, causal, scale, *norm)
+        problem = _problem((q, k, v), *[None] * 4, key_lengths, causal, scale, *norm)
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         return *grads, *_backward(problem, grad_out, out, lse, grads)
     grad_out, out = (_rows(t).unflatten(-1, q.shape[-2:]) for t in (grad_out, out))
@@ -399,11 +482,12 @@ def _runs_kernels(x: Tensor) -> bool:
     return _architecture(x.device.type, x.device.index) > 0
 
 
-def _problem(heads, cu_seqlens, max_seqlen, key_lengths, causal, scale, *norm):
+def _problem(heads, cu_seqlens, max_seqlen, tiles, starts, key_lengths, causal, scale, *norm):
     from pinclip_kernels.triton.attention import Norm, Problem
 
+    segments = cu_seqlens, max_seqlen, tiles, starts
     with torch.cuda.device_of(heads[0]):
-        return Problem(*heads, cu_seqlens, max_seqlen, key_lengths, causal, scale, Norm(*norm))
+        return Problem(*heads, *segments, key_lengths, causal, scale, Norm(*norm))
 
 
 def _forward(problem, q: Tensor) -> tuple[Tensor, Tensor]:

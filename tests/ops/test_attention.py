@@ -18,7 +18,14 @@ from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 
 from pinclip.ops import _attention_cpu
-from pinclip.ops.attention import QKNorm, _attention, _composed, _cross_attention, attention
+from pinclip.ops.attention import (
+    QKNorm,
+    _attention,
+    _composed,
+    _cross_attention,
+    attention,
+    attention_plan,
+)
 from pinclip.reference.attention import attention as reference
 
 # 72 and 80 are So400m's and H/14's, 88 and 96 lie between powers of two.
@@ -307,15 +314,23 @@ def test_autocast():
 
 
 def test_opcheck():
+    no_segments = [None] * 4
     for tensors, *rest in (
-        ((normal(2, 5, 3, 2, 8),), None, None, None, True, 0.3),
-        ((normal(5, 7, 3, 2, 8),), None, None, LENGTHS, False, 0.3),
-        ((normal(35, 3, 2, 8),), CU_SEQLENS, 21, None, False, 0.3),
-        ((normal(35, 3, 2, 8, dtype=torch.bfloat16),), CU_SEQLENS, None, None, False, 0.3),
+        ((normal(2, 5, 3, 2, 8),), *no_segments, None, True, 0.3),
+        ((normal(5, 7, 3, 2, 8),), *no_segments, LENGTHS, False, 0.3),
+        ((normal(35, 3, 2, 8),), CU_SEQLENS, 21, None, None, None, False, 0.3),
+        ((normal(35, 3, 2, 8, dtype=torch.bfloat16),), CU_SEQLENS, *[None] * 4, False, 0.3),
         ((normal(5, 4, 2, 8), *normal(2, 5, 7, 2, 8)), LENGTHS, False, 0.3),
     ):
         op = _attention if len(tensors) == 1 else _cross_attention
         opcheck(op, (*(t.clone().requires_grad_() for t in tensors), *rest))
+
+
+def test_nothing_is_planned_on_a_cpu():
+    assert attention_plan(CU_SEQLENS, 35, 21) is None
+    for cu_seqlens, tokens, message in ((CU_SEQLENS.long(), 35, "int32"), (CU_SEQLENS, -1, "tokens")):
+        with pytest.raises(ValueError, match=message):
+            attention_plan(cu_seqlens, tokens, 21)
 
 
 QKV = torch.zeros(2, 5, 3, 2, 8)

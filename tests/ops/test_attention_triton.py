@@ -10,7 +10,7 @@ from torch.library import opcheck
 from triton_cases import assert_within_budget, interpret
 
 from pinclip.ops import _attention_dispatch as dispatch
-from pinclip.ops.attention import QKNorm, _composed, _norm_and_rotate, attention
+from pinclip.ops.attention import QKNorm, _composed, _norm_and_rotate, attention, attention_plan
 from pinclip.reference.attention import attention as reference
 
 op = import_module("pinclip.ops.attention")  # the package has a function of that name
@@ -267,11 +267,17 @@ def check_opcheck(kernels):
     weights = normal(2, 64, dtype=torch.float32).unbind()
     norm = *weights, 1e-6, *tables(80, 64)
     for call, tensors, rest in (
-        (op._attention, (half(2, 70, 3, 1, 64),), (None, None, lengths_of(3, 70), True, 0.3)),
-        (op._attention, (half(130, 3, 1, 64),), (SEGMENTS, 64, None, False, 0.3, *norm)),
+        (op._attention, (half(2, 70, 3, 1, 64),), (*[None] * 4, lengths_of(3, 70), True, 0.3)),
+        (
+            op._attention,
+            (half(130, 3, 1, 64),),
+            (SEGMENTS, 64, *attention_plan(SEGMENTS, 130, 64)[:2], None, False, 0.3, *norm),
+        ),
         (op._cross_attention, (half(2, 5, 1, 64), *half(2, 2, 70, 1, 64)), (None, False, 0.3, *norm)),
     ):
         opcheck(call, (*(t.requires_grad_() for t in tensors), *rest))
+    for longest in (64, 100, 150):
+        opcheck(op._attention_plan, (SEGMENTS, 130, longest))
 
 
 def check_autocast(kernels):
@@ -289,7 +295,7 @@ def check_plan(segments, longest):
     sizes = torch.randint(0, longest + 1, (segments,), generator=generator, dtype=torch.int32)
     cu_seqlens = torch.cat((sizes.new_zeros(1), sizes.cumsum(0, dtype=torch.int32)))
     total = int(cu_seqlens[-1])
-    bounds = plan.pack(cu_seqlens, total, 64)
+    bounds, starts = plan.plan(cu_seqlens, total, 64)
     assert len(bounds) <= segments + 1
     expected = [0]
     for first in range(0, segments, 32):
@@ -297,8 +303,23 @@ def check_plan(segments, longest):
         while expected[-1] < ends[-1]:
             expected.append(max(end for end in ends if end <= expected[-1] + 64))
     assert bounds.tolist() == expected + [total] * (len(bounds) - len(expected))
-    starts = plan.segment_starts(cu_seqlens, total)
     assert starts.tolist() == cu_seqlens[:-1].repeat_interleave(sizes).tolist()
+
+
+@pytest.mark.parametrize("longest", [64, 100, 150])
+def check_a_plan_changes_nothing(kernels, longest):
+    qkv, options = half(130, 3, 1, 64), {"cu_seqlens": SEGMENTS, "rope": tables(longest, 64)}
+    made = attention_plan(SEGMENTS, 130, longest)
+    expected = run(lambda t: attention(t, **options, max_seqlen=longest), [qkv])
+    for given in ({}, {"max_seqlen": longest}):
+        assert_same(run(lambda t, g=given: attention(t, **options, plan=made, **g), [qkv]), expected)
+    for tensor, wrong, message in (
+        (qkv, {"cu_seqlens": SEGMENTS, "max_seqlen": longest + 1}, "max_seqlen"),
+        (qkv[:129], {"cu_seqlens": SEGMENTS}, r"\[T\]"),
+        (qkv[None], {}, "without cu_seqlens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(tensor, **wrong, plan=made)
 
 
 # Compiled for a GPU that is not there ---------------------------------------------------------------------
@@ -507,10 +528,13 @@ class TestGpu:
         assert all(torch.equal(a, b) for a, b in zip(results, self.run(qkv, key_lengths=lengths)))
         assert (results[1][:, :, 1:][padding] == 0).all() and (results[1][1] == 0).all()
 
+    def run(self, *tensors, **options):
+        return self.call(attention, *tensors, **options)
+
     @staticmethod
-    def run(*tensors, **options):
+    def call(function, *tensors, **options):
         leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-        out = attention(*leaves, **options)
+        out = function(*leaves, **options)
         seed = normal(*out.shape, seed=90, dtype=out.dtype).cuda()
         return [out.detach(), *torch.autograd.grad(out, leaves, seed)]
 
@@ -525,6 +549,14 @@ class TestGpu:
         sizes = torch.randint(0, 41, (300,), generator=torch.Generator().manual_seed(0))
         cu_seqlens = torch.cat((sizes.new_zeros(1), sizes.cumsum(0))).int().cuda()
         return self.heads(int(sizes.sum()), 3, 4, 64), {"cu_seqlens": cu_seqlens, "max_seqlen": 64}
+
+    def test_a_plan_made_once(self):
+        qkv, options = self.text()
+        made = attention_plan(options["cu_seqlens"], len(qkv), options["max_seqlen"])
+        planned = torch.compile(attention, fullgraph=True)
+        for call in (attention, planned):
+            results = zip(self.run(qkv, **options), self.call(call, qkv, **options, plan=made))
+            assert all(torch.equal(a, b) for a, b in results)
 
     def test_cuda_graph(self):
         qkv, options = self.text()

@@ -62,25 +62,37 @@ def attention_starts(bounds, starts, BLOCK: tl.constexpr):
         tl.store(starts + rows, tl.zeros_like(rows) + first, mask=rows < end)
 
 
-def pack(cu_seqlens: Tensor, total: int, rows: int) -> Tensor:
-    """Bounds int32 [at most min(S, 2T / rows + S / 32 + 1) + 1] of tiles of whole segments, in order.
+def tile_rows(max_seqlen: int) -> int:
+    """Rows of a tile of whole segments; 0 where segments are too long to share one."""
+    return 0 if max_seqlen > 128 else 64 if max_seqlen <= 64 else 128
 
-    The tiles after the last one are empty. No segment may be longer than `rows`.
-    """
-    segments = len(cu_seqlens) - 1
+
+def plan_sizes(segments: int, total: int, max_seqlen: int) -> tuple[int, int, int]:
+    """What a plan takes: groups of segments, most tiles, rows of a tile (0: none are made)."""
+    rows = tile_rows(max_seqlen)
     groups = triton.cdiv(segments, _GROUP)
-    size = min(segments, 2 * total // rows + groups) + 1
-    tiles, counts, joined = (cu_seqlens.new_empty(n) for n in (groups * _GROUP, groups, size))
-    attention_pack[(groups,)](cu_seqlens, tiles, counts, segments, rows, _GROUP, num_warps=1)
-    attention_join[(groups,)](cu_seqlens, tiles, counts, joined, segments, groups, size, _GROUP, _BLOCK)
-    return joined
+    return groups, min(segments, 2 * total // rows + groups) if rows else 0, rows
 
 
-def segment_starts(cu_seqlens: Tensor, total: int) -> Tensor:
-    """int32 [T]: the first row of every row's segment."""
+def plan(cu_seqlens: Tensor, total: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """Bounds of tiles of whole segments, in order, int32 [at most min(S, 2T / rows + S / 32 + 1) + 1] (those
+    after the last one are empty), and the first row of every row's segment, int32 [T].
+
+    No segment may be longer than max_seqlen. Segments too long to share a tile: no bounds.
+    """
+    cu_seqlens = cu_seqlens.contiguous()
+    segments = len(cu_seqlens) - 1
+    groups, most, rows = plan_sizes(segments, total, max_seqlen)
+    joined = cu_seqlens.new_empty(most + 1 if rows else 0)
+    if rows:
+        tiles, counts = (cu_seqlens.new_empty(n) for n in (groups * _GROUP, groups))
+        attention_pack[(groups,)](cu_seqlens, tiles, counts, segments, rows, _GROUP, num_warps=1)
+        attention_join[(groups,)](
+            cu_seqlens, tiles, counts, joined, segments, groups, most + 1, _GROUP, _BLOCK
+        )
     starts = cu_seqlens.new_empty(total)
-    attention_starts[(len(cu_seqlens) - 1,)](cu_seqlens, starts, 128)
-    return starts
+    attention_starts[(segments,)](cu_seqlens, starts, 128)
+    return joined, starts
 
 
 def compile_cases() -> list[CompileCase]:

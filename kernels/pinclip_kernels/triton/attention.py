@@ -14,7 +14,6 @@ import torch
 import triton
 from torch import Tensor
 
-from pinclip_kernels.triton import _attention_plan as plan
 from pinclip_kernels.triton._attention_backward import (
     attention_backward,
     attention_backward_keys,
@@ -22,6 +21,7 @@ from pinclip_kernels.triton._attention_backward import (
 )
 from pinclip_kernels.triton._attention_forward import attention_forward
 from pinclip_kernels.triton._attention_norm import attention_norm_backward, norm_backward
+from pinclip_kernels.triton._attention_plan import tile_rows
 from pinclip_kernels.triton._launch import TYPES, CompileCase, architecture
 
 HEAD_DIMS = (64, 72, 80, 88, 96, 128)
@@ -168,8 +168,8 @@ class Problem:
     """Heads [B, N, H, Dh] (varlen: [T, H, Dh] and cu_seqlens) and what the kernels need to know of them.
 
     q, k, v: bf16 or fp16, N at most LONGEST, Dh one of HEAD_DIMS. Copied only where a head does not stand on
-    16 bytes. max_seqlen: of varlen segments, none of which may be longer. Extra memory: the plan of the
-    segments, int32 [T] and about [S].
+    16 bytes. max_seqlen: of varlen segments, none of which may be longer. tiles, starts: of a plan of the
+    segments, where `tile_rows` is not 0 or there is a rotation.
     """
 
     def __init__(
@@ -179,6 +179,8 @@ class Problem:
         v: Tensor,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
+        tiles: Tensor | None,
+        starts: Tensor | None,
         key_lengths: Tensor | None,
         causal: bool,
         scale: float,
@@ -189,24 +191,20 @@ class Problem:
         self.lengths = None if key_lengths is None else key_lengths.contiguous()
         self.varlen = cu_seqlens is not None
         if self.varlen:
-            q, k, v, cu_seqlens = q[None], k[None], v[None], cu_seqlens.contiguous()
+            q, k, v = q[None], k[None], v[None]
         self.q, self.k, self.v = _aligned(q), _aligned(k), _aligned(v)
         if self.k.stride() != self.v.stride():
             self.k, self.v = self.k.contiguous(), self.v.contiguous()
         self.arch = architecture(q.device)
         assert max(q.shape[1], k.shape[1]) <= LONGEST or self.varlen
         self.n_q, self.n_k, self.windows = q.shape[1], k.shape[1], q.shape[0]
-        self.bounds = self.starts = self.firsts = None
+        self.bounds = self.starts = None
+        self.firsts = starts  # of every token's segment, where positions are asked for
         if self.varlen:
-            self.n_q = self.n_k = max_seqlen
-            self.bounds, self.windows = cu_seqlens, len(cu_seqlens) - 1
-            packs = max_seqlen <= 128
-            if packs or norm.cos is not None:
-                self.firsts = plan.segment_starts(cu_seqlens, q.shape[1])
-            if packs:
-                self.n_q = self.n_k = 64 if max_seqlen <= 64 else 128
-                self.bounds, self.starts = plan.pack(cu_seqlens, q.shape[1], self.n_q), self.firsts
-                self.windows = len(self.bounds) - 1
+            packs = tile_rows(max_seqlen)
+            self.n_q = self.n_k = packs or max_seqlen
+            self.bounds, self.starts = (tiles, starts) if packs else (cu_seqlens.contiguous(), None)
+            self.windows = len(self.bounds) - 1
 
     def _fuses(self) -> bool:
         return self.norm.q_weight is not None or self.norm.cos is not None
