@@ -81,13 +81,6 @@ def lecun_normal_(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Move a small host tensor without waiting for the device: pageable memory would, pinned does not."""
-    if device.type == "cuda" and host.device.type == "cpu":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
-
-
 class Projection(nn.Linear):
     """Linear layer with SigLIP's initialisation of a dense layer: LeCun normal weight, zero bias."""
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from pinclip.models import siglip
 from pinclip.models.fusion import Fusion, FusionConfig
 from pinclip.models.image_tower import ImageTower, ImageTowerConfig
-from pinclip.models.layers import FrozenConfig, to_device
+from pinclip.models.layers import FrozenConfig
 from pinclip.models.text_tower import TextTower, TextTowerConfig
+from pinclip.ops._host import to_device
 from pinclip.ops.fusion_pack import FusionLayout
 from pinclip.ops.l2_normalize import l2_normalize
 
@@ -140,9 +141,7 @@ class PinCLIP(nn.Module):
         if self.config.text.pool == "mean" and tokens is not None and lengths is not None:
             tokens = tokens[:, : max([1, *lengths.tolist()])]
         device = (tokens if images is None else images).device
-        layout = self._layout(batch_size, tokens, lengths, image_rows, text_rows).to(
-            device, non_blocking=True
-        )
+        layout = self._layout(batch_size, tokens, lengths, image_rows, text_rows).to(device)
 
         image_features = None if images is None else self.image_tower(images)
         text_features = None if tokens is None else self.text_tower(tokens, lengths)

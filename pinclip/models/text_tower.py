@@ -12,7 +12,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pinclip.models.layers import DENSE, Encoder, EncoderConfig, Projection, Sequences, to_device
+from pinclip.models.layers import DENSE, Encoder, EncoderConfig, Projection, Sequences
+from pinclip.ops._host import to_device
 
 
 class TextTowerConfig(EncoderConfig):

@@ -49,9 +49,9 @@ def attention_pool(
     CPU, forward and backward at D 192, E 64: 9 times as fast at 1 probe, 1.4 at 32, 0.7 at 64.
     b_k adds the same to every score of a row: its gradient is exactly zero in the absorbed form.
 
-    On a GPU from sm_90 on, in half precision, up to D = 1152 and R = 16, the absorbed form runs kernels of
-    ours: forward reads x once, backward reads it once and writes its gradient once, the norm included, whose
-    weight and bias are folded into w_k, w_v and b_v.  Elsewhere the norm is a LayerNorm before, and the
+    On a GPU of sm_90 or sm_100, in half precision, up to D = 1152 and R = 16, the absorbed form runs our
+    kernels: forward reads x once, backward reads it once and writes its gradient once, the norm included,
+    whose weight and bias are folded into w_k, w_v and b_v.  Elsewhere the norm is a LayerNorm before, and the
     absorbed form two matrix products over x forward and four backward.
 
     One floating dtype for all (autocast casts them); probabilities in fp32, or in fp64 for fp64.  Gradients:

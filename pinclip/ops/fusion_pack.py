@@ -18,10 +18,9 @@ from pinclip.ops._checks import (
     require,
     without_autocast,
 )
+from pinclip.ops._host import to_device
 from pinclip.ops._rows import runs_triton
 from pinclip.reference.attention import accumulation_dtype
-
-FUSION, IMAGE, TEXT = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class FusionLayout:
 
     cu_seqlens     int32 [B+1]      first packed row of every pin, and T
     source         int64 [T]        row of the join of fusion (F), image (Bi*Ni) and text (Bt*L) rows
-    kind           int64 [T]        0 fusion, 1 image, 2 text: the row of the type embedding
     fusion_slots   int64 [B, F]     packed row of every fusion token
     image_slots    int64 [Bi, Ni]   packed row of every image token
     text_slots     int64 [Bt, L]    packed row of every text token; T for the padding, which has none
@@ -42,7 +40,6 @@ class FusionLayout:
 
     cu_seqlens: Tensor
     source: Tensor
-    kind: Tensor
     fusion_slots: Tensor
     image_slots: Tensor
     text_slots: Tensor
@@ -86,29 +83,22 @@ class FusionLayout:
         text_slots = torch.where(real, text_slots, total)
 
         source = torch.empty(total, dtype=torch.int64)
-        kind = torch.full((total,), FUSION, dtype=torch.int64)
         source[fusion_slots] = torch.arange(num_fusion).expand(batch_size, -1)
         first_image, first_text = num_fusion, num_fusion + image_slots.numel()
         source[image_slots] = torch.arange(first_image, first_text).view(image_slots.shape)
-        kind[image_slots] = IMAGE
         source[text_slots[real]] = torch.arange(text_slots.numel()).view(text_slots.shape)[real] + first_text
-        kind[text_slots[real]] = TEXT
         cu_seqlens = torch.cat((ends.new_zeros(1), ends)).int()
         max_seqlen = int(length.max()) if batch_size else 0
-        return cls(cu_seqlens, source, kind, fusion_slots, image_slots, text_slots, max_seqlen, total)
+        return cls(cu_seqlens, source, fusion_slots, image_slots, text_slots, max_seqlen, total)
 
     def fusion_index(self) -> Tensor:
         """int64 [B, F]: where each pin's fusion tokens stand in the packed buffer."""
         return self.fusion_slots
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "FusionLayout":
-        """The same layout with its tensors on `device`."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+    def to(self, device: torch.device | str) -> "FusionLayout":
+        """The same layout with its tensors on `device`; the host waits for no GPU."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor}
+        return replace(self, **{name: to_device(each, device) for name, each in tensors.items()})
 
 
 def _pins(name: str, rows: Tensor | Sequence[int] | None, batch_size: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from ops_helpers import assert_as_exact_as, assert_same, assert_survives, normal, run
 from rows_cases import assert_captured, assert_cases, assert_does_not_wait, assert_repeats
 from test_attention_pool import plain, problem
+from torch.library import opcheck
 from triton_cases import interpret
 
 from pinclip.ops.attention_pool import attention_pool
@@ -134,6 +135,27 @@ def check_padding(poison, norm):
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+def check_lengths_beyond_the_tokens(norm):
+    """Stand for all tokens; nothing behind a sample is read."""
+    tensors = problem(2, 24, 3, 40, torch.float16)
+    tensors = list(with_norm(tensors) if norm else tensors)
+    tensors[0][1:] = float("nan")  # what stands behind the first sample
+    ours = run(op(2, torch.tensor([70, 0, 0])), tensors)
+    assert_same(ours, run(op(2, torch.tensor([40, 0, 0])), tensors))
+    assert ours[0][0][0].isfinite().all() and ours[1][0][0].isfinite().all()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("eps", [None, EPS], ids=["", "norm"])
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def check_opcheck(eps, lengths):
+    module = importlib.import_module("pinclip.ops.attention_pool")
+    tensors = [t.requires_grad_() for t in problem(2, 24, 5, 40, torch.float16)]
+    opcheck(module._attention_pool, (*tensors, 2, lengths, eps))
+
+
+@pytest.mark.usefixtures("kernels")
 def check_large_scores():
     """Logits of some hundred, far apart: the softmax is one token or a few. The greatest error is then the
     rounding of u, which the standard form does not have."""
@@ -177,7 +199,7 @@ def test_which_shapes_the_kernels_take():
     from pinclip_kernels.triton.attention_pool import limits
 
     assert limits(torch.bfloat16, 90) == limits(torch.float16, 100) == (16, 1152)
-    assert limits(torch.float32, 90) == limits(torch.bfloat16, 80) == (0, 0)
+    assert limits(torch.float32, 90) == limits(torch.bfloat16, 80) == limits(torch.bfloat16, 120) == (0, 0)
 
 
 # On a GPU -------------------------------------------------------------------------------------------------

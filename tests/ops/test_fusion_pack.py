@@ -52,7 +52,6 @@ def test_layout_stands_as_said():
     assert LAYOUT.cu_seqlens.tolist() == [0, 7, 9, 14, 21]
     assert LAYOUT.cu_seqlens.dtype == torch.int32 and LAYOUT.source.dtype == torch.int64
     assert LAYOUT.source.tolist() == [0, 1, 5, 6, 7, 13, 14, 0, 1, 0, 1, 2, 3, 4, 0, 1, 8, 9, 10, 11, 12]
-    assert LAYOUT.kind.tolist() == [0, 0, 1, 1, 1, 2, 2, 0, 0, 0, 0, 1, 1, 1, 0, 0, 2, 2, 2, 2, 2]
     assert LAYOUT.fusion_index().tolist() == [[0, 1], [7, 8], [9, 10], [14, 15]]
     assert (LAYOUT.max_seqlen, LAYOUT.total) == (7, 21)
     everyone = FusionLayout.build(2, 1, 3, 5, None, None, torch.tensor([5, 0]))

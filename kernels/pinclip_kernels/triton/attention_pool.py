@@ -152,7 +152,7 @@ def _pool_forward_kernel(
     u_sum = _sums(us)
     length = n
     if LENGTHS:
-        length = tl.load(key_lengths + b).to(tl.int32)
+        length = tl.minimum(tl.load(key_lengths + b).to(tl.int32), n)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     offset = tl.zeros([ROWS], tl.float32)  # Σ p mean
@@ -222,7 +222,7 @@ def _pool_backward_kernel(
         level = tl.load(lse + rows, mask=real, other=float("inf"))
         length = n
         if LENGTHS:
-            length = tl.load(key_lengths + each).to(tl.int32)
+            length = tl.minimum(tl.load(key_lengths + each).to(tl.int32), n)
         for first in tl.range(0, n, TOKENS):
             tokens = first + tl.arange(0, TOKENS)
             there = tokens < length
@@ -264,8 +264,8 @@ def _pool_backward_kernel(
 
 def limits(dtype: torch.dtype, arch: int) -> tuple[int, int]:
     """The most rows and features of u that the kernels take; none in fp32, whose tiles would not fit shared
-    memory, nor before sm_90, where those of the backward pass would not."""
-    return (ROWS, WIDEST) if dtype in (torch.bfloat16, torch.float16) and arch >= 90 else (0, 0)
+    memory, nor before sm_90 and from sm_120 on, where those of the backward pass would not."""
+    return (ROWS, WIDEST) if dtype in (torch.bfloat16, torch.float16) and 90 <= arch < 120 else (0, 0)
 
 
 def _constants(width: int, lengths: bool, standardize: bool) -> dict:
@@ -283,7 +283,7 @@ def forward(
     x: Tensor, u: Tensor, key_lengths: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> z [B, R, D] in the dtype of x; log2 of the softmax's sums [B, R], fp32; mean and 1 / sqrt(var + eps)
-    of every token that is read, fp32 [B, N], empty without eps.
+    of every token, fp32 [B, N], 0 for those that are not read, empty without eps.
 
     x [B, N, D], u [R, D] contiguous, R ≤ ROWS; eps: tokens are standardized first.
     """
@@ -291,7 +291,8 @@ def forward(
     z = x.new_empty((batch, count, width))
     lse = x.new_empty((batch, count), dtype=torch.float32)
     tokens = (0,) if eps is None else (batch, n)
-    mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
+    filled = x.new_empty if key_lengths is None else x.new_zeros
+    mean, rstd = (filled(tokens, dtype=torch.float32) for _ in range(2))
     if batch:
         _pool_forward_kernel[(batch,)](
             x,
