@@ -92,6 +92,7 @@ def report_triton(case, arch: int) -> Report:
         case.num_warps,
         case.num_stages,
         case.num_ctas,
+        case.maxnreg,
         arch,
     )
     if kept := _kept(key):
@@ -228,13 +229,30 @@ def _write(key: str, value: dict) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def budgets(path: Path = BUDGETS) -> list[dict]:
+def budgets(path: Path = BUDGETS, version: str | None = None) -> list[dict]:
+    """The rules that hold with a version of Triton, by default the installed one."""
+    version = version or triton_version()
+    return [rule for rule in _read_budgets(path)["budget"] if rule.get("triton", version) == version]
+
+
+def known_versions(path: Path = BUDGETS) -> list[str]:
+    """The versions of Triton that the budgets are of; another one allots registers otherwise."""
+    return _read_budgets(path)["triton"]
+
+
+def triton_version() -> str:
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def _read_budgets(path: Path) -> dict:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
     with open(path, "rb") as file:
-        return tomllib.load(file)["budget"]
+        return tomllib.load(file)
 
 
 def budget_of(report: Report, rules: list[dict]) -> dict:
@@ -245,7 +263,11 @@ def budget_of(report: Report, rules: list[dict]) -> dict:
             "arch", [report.arch]
         ):
             limits.update(
-                {name: value for name, value in rule.items() if name not in ("kernel", "arch", "why")}
+                {
+                    name: value
+                    for name, value in rule.items()
+                    if name not in ("kernel", "arch", "triton", "why")
+                }
             )
     return limits
 

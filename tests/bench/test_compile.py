@@ -88,8 +88,21 @@ def test_later_rules_overrule_earlier_ones():
 
 
 def test_every_exception_to_the_budget_says_why():
-    fields = {"kernel", "arch", "why", "registers", "spill_bytes", "stack", "shared", "blocks", "atomics"}
-    for rule in RULES:
+    fields = {
+        "kernel",
+        "arch",
+        "triton",
+        "why",
+        "registers",
+        "spill_bytes",
+        "stack",
+        "shared",
+        "blocks",
+        "atomics",
+    }
+    for rule in (
+        rule for version in compiling.known_versions() for rule in compiling.budgets(version=version)
+    ):
         assert rule["kernel"] == "*" or rule["why"].strip()
         assert set(rule) <= fields | {"wide_loads", "tensor_core"}
 
@@ -141,6 +154,23 @@ def test_the_disassembly_is_read_by_hand():
     assert guess.clocks["issue"] == (8 * 3 + 2 + 4) * 4 / 4
 
 
+def test_a_rule_of_one_version_of_triton_holds_for_it_alone(tmp_path):
+    path = tmp_path / "budgets.toml"
+    path.write_text(
+        'triton = ["3.6", "3.9"]\n[[budget]]\nkernel = "*"\nspill_bytes = 0\n'
+        '[[budget]]\nkernel = "a"\ntriton = "3.6"\nspill_bytes = 8\nwhy = "measured"\n'
+    )
+    assert compiling.known_versions(path) == ["3.6", "3.9"]
+    report = compiling.Report("a", 90, 4)
+    for version, spilled in (("3.6", 8), ("3.9", 0)):
+        limits = compiling.budget_of(report, compiling.budgets(path, version))
+        assert limits == {"spill_bytes": spilled}
+
+
+@pytest.mark.skipif(
+    compiling.triton_version() not in compiling.known_versions(),
+    reason=f"the budgets are of Triton {compiling.known_versions()}",
+)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_kernel_of_ours_keeps_its_budget(arch):
     compiling.CACHE = compiling.ROOT / "build" / "bench_compile"  # by hash, so kept from one run to the next

@@ -68,7 +68,7 @@ def assert_survives(function, tensors):
 def assert_autocast(function, tensors, dtype):
     """Under autocast to bf16 the result is of `dtype`, and gradients do not depend on where backward runs."""
     leaves = [tensor.float().requires_grad_() for tensor in tensors]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(leaves[0].device.type, torch.bfloat16):
         result = function(*leaves)
         inside = torch.autograd.grad(result.float().sum(), leaves, retain_graph=True)
     assert result.dtype == dtype
@@ -82,6 +82,6 @@ def assert_backward_ignores_autocast(function, tensors):
     leaves = [tensor.float().requires_grad_() for tensor in tensors]
     result = function(*leaves)
     outside = torch.autograd.grad(result.square().sum(), leaves, retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(leaves[0].device.type, torch.bfloat16):
         inside = torch.autograd.grad(result.square().sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside))

@@ -54,9 +54,17 @@ def assert_as_exact_over_draws(function, plain, reference, problems):
         assert error <= 2 * allowed[here] + greatest[here], f"{here}: {error:.3g}, plain {allowed[here]:.3g}"
 
 
-def assert_cases(cases, compiled):
+def assert_cases(cases, compiled, walk_of=None):
     """Every case names each argument of its kernel; those whose name starts with one of `compiled` keep their
-    budget: no spill, and no wait of a tensor core product, as there is none."""
+    budget: no spill, and no wait of a tensor core product, as there is none.
+
+    walk_of(name): the RowWalk of a case in pieces, whose programs must all be resident: one that waited for
+    the others to end would have the GPU to itself.
+    """
+    from pinclip_kernels.triton._rows import split_config
+
+    from bench.compile import report_triton
+
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         assert set(case.signature) == set(case.kernel.arg_names), case.name
@@ -64,6 +72,9 @@ def assert_cases(cases, compiled):
     for name, arch in compiled:
         (case,) = (each for each in cases if each.name == name)
         assert_within_budget(case, arch)
+        if walk_of is not None:
+            wanted = split_config(case.constexprs["D"], walk_of(name)).programs
+            assert wanted <= report_triton(case, arch).blocks, f"{name} sm_{arch}: {wanted} programs per SM"
 
 
 def assert_repeats(function, tensors, times=5):

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from ops_helpers import assert_as_exact_as, assert_same, assert_survives, normal, run
+from ops_helpers import assert_as_exact_as, assert_autocast, assert_same, assert_survives, normal, run
 from rows_cases import assert_captured, assert_cases, assert_does_not_wait, assert_repeats
 from test_attention_pool import plain, problem
 from torch.library import opcheck
@@ -255,6 +255,9 @@ class TestGpu:
     def test_survives_and_repeats(self, norm):
         assert_survives(op(12), self.problem(1, 768, 9, 65, dtype=torch.float16, norm=norm))
         assert_repeats(op(16), self.problem(1, 1152, 300, 256, norm=norm), times=20)
+
+    def test_autocast(self):
+        assert_autocast(op(12), self.problem(1, 768, 8, 196, norm=True), torch.bfloat16)
 
     def test_cuda_graph_without_waiting(self):
         tensors = self.problem(1, 768, 64, 196, norm=True)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from ops_helpers import assert_as_exact_as, assert_same, assert_survives, normal, run
+from ops_helpers import assert_as_exact_as, assert_autocast, assert_same, assert_survives, normal, run
 from torch.library import opcheck
 from triton_cases import assert_within_budget, interpret
 
@@ -589,6 +589,11 @@ class TestGpu:
             torch.autograd.grad(out, qkv, torch.ones_like(out))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    def test_autocast(self):
+        qkv = self.heads(2, 197, 3, 4, 64)
+        result = assert_autocast(attention, [qkv], torch.bfloat16)
+        assert torch.equal(result, attention(qkv))
 
     @pytest.mark.parametrize("tokens", [77, 197])
     def test_compiles_as_one_graph(self, tokens):

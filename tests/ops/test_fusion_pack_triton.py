@@ -52,11 +52,12 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize(
     "name,width,dtype",
     [
-        *(("mixed", width, dtype) for width in (20, 1152) for dtype in DTYPES),
+        *(("mixed", width, dtype) for width in (20, 200, 1152) for dtype in DTYPES),
         ("fusion tokens alone", 20, torch.float16),
         ("nothing", 20, torch.float32),
         ("several steps", 20, torch.float32),
         ("several steps", 192, torch.float16),
+        *(("several steps", width, torch.float32) for width in (640, 768, 1152, 1400)),
     ],
 )
 def check_error(name, width, dtype):
@@ -109,14 +110,32 @@ def check_compile_checkpoint_strides_repeat():
     assert_survives(pack(), problem(width=24, dtype=torch.float32))
 
 
+@pytest.mark.usefixtures("kernels")
+def check_a_position_of_padding_alone():
+    """May be no number: nothing of it reaches a gradient."""
+    layout = FusionLayout.build(2, 1, 2, 4, None, None, [3, 2])
+    *tensors, text_position, weight, bias = problem(layout, 20, torch.float32)
+    text_position[3] = torch.nan
+    _, gradients = run(pack(layout), [*tensors, text_position, weight, bias])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 # Compiled for a GPU that is not there ---------------------------------------------------------------------
 
 
 def test_compiles_within_budget():
-    from pinclip_kernels.triton.fusion_pack import compile_cases
+    from pinclip_kernels.triton import fusion_pack as kernels
 
-    names = [f"_fusion_{way}_kernel/bf16+bf16/D1024" for way in ("forward", "backward")]
-    assert_cases(compile_cases(), [(name, arch) for name in names for arch in (80, 90)])
+    def walk_of(name):
+        return kernels._BACKWARD if "backward" in name else kernels._FORWARD
+
+    names = [
+        f"_fusion_{way}_kernel/bf16+bf16/D{width}"
+        for way in ("forward", "backward")
+        for width in (768, 1024, 1152)
+    ]
+    cases = kernels.compile_cases()
+    assert_cases(cases, [(name, arch) for name in names for arch in (80, 90)], walk_of)
 
 
 # On a GPU -------------------------------------------------------------------------------------------------
@@ -153,7 +172,7 @@ class TestGpu:
         assert_repeats(pack(layout), self.problem(host, 1024, torch.bfloat16), times=20)
 
     def test_cuda_graph_without_waiting(self):
-        host = self.layout(64, 1, 64, 32)
+        host = self.layout(64, 2, 64, 32)
         layout, tensors = host.to("cuda"), self.problem(host, 768, torch.bfloat16)
         assert_captured(pack(layout), tensors)
         assert_does_not_wait(pack(layout), tensors)

@@ -40,15 +40,17 @@ def kernels(monkeypatch):
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 16), (0, 16), (7,), (3, 7, 192), (7, 1152)])
+@pytest.mark.parametrize("shape", [(1, 16), (0, 16), (7,), (3, 7, 192), (5, 200), (7, 1152)])
 def check_error(shape, kind, dtype):
-    """One row, none, no batch; several rows and one row to a program's step; widths with a rest."""
+    """One row, none, no batch; several rows and one row to a program's step; widths with a rest, in one piece
+    and in two."""
     assert_as_exact_over_draws(op(kind), plain(kind), truth(kind), draws(kind, *shape, dtype=dtype))
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("width", [1, 100, 2048])
+@pytest.mark.parametrize("width", [1, 100, 576, 640, 768, 1400, 2048])
 def check_widths(width):
+    """One piece, and a second one of 1, 2 and 4 features to a thread, full and not."""
     assert_as_exact_as(
         op("channel"), plain("channel"), truth("channel"), problem("channel", 5, width, dtype=torch.float32)
     )
@@ -100,14 +102,19 @@ def check_nan_stays_in_its_row():
 
 
 def test_compiles_within_budget():
-    from pinclip_kernels.triton.gated_residual_norm import compile_cases
+    from pinclip_kernels.triton import gated_residual_norm as kernels
+
+    def walk_of(name):
+        return kernels._BACKWARD if "backward" in name else kernels._forward_walk("bf16+bf16" in name)
 
     names = [
-        f"_gated_{way}_kernel/{kind}/D1152"
+        f"_gated_{way}_kernel/{kind}/D{width}"
         for way in ("forward", "backward")
         for kind in ("bf16+bf16", "fp32+bf16")
+        for width in (768, 1024, 1152)
     ]
-    assert_cases(compile_cases(), [(name, arch) for name in names for arch in (80, 90)])
+    cases = kernels.compile_cases()
+    assert_cases(cases, [(name, arch) for name in names for arch in (80, 90)], walk_of)
 
 
 # On a GPU -------------------------------------------------------------------------------------------------
@@ -146,8 +153,13 @@ class TestGpu:
     @pytest.mark.parametrize("offset", [1, 3])
     def test_rows_that_are_not_aligned(self, offset):
         """A view whose first element is at no multiple of 16 bytes."""
-        x, y, *others = self.problem("channel", 65, 768, dtype=torch.bfloat16)
-        moved = [torch.cat((t.new_zeros(offset), t.flatten()))[offset:].view_as(t) for t in (x, y)]
-        ours, expected = run(op("channel"), (*moved, *others)), run(op("channel"), (x, y, *others))
-        for a, b in zip(ours, expected):
+        tensors = self.problem("channel", 65, 768, dtype=torch.bfloat16)
+
+        def move(t):
+            moved = torch.cat((t.new_zeros(offset), t.flatten()))[offset:].view_as(t)
+            assert moved.data_ptr() % 16
+            return moved
+
+        ours = run(lambda x, y, *others: op("channel")(move(x), move(y), *others), tensors)
+        for a, b in zip(ours, run(op("channel"), tensors)):
             assert all(torch.equal(left, right) for left, right in zip(a, b))

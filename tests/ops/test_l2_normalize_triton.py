@@ -33,7 +33,11 @@ def kernels(monkeypatch):
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (0, 16), (33, 16), (5, 13, 100), (13, 1152), (3, 2048)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (0, 16), (33, 16), (5, 13, 100), (13, 200), (13, 640), (13, 1152), (13, 1400), (3, 2048)],
+    ids=str,
+)
 def check_error(shape, dtype):
     assert_as_exact_as(l2_normalize, plain, truth, [normal(*shape, dtype=dtype)])
 
@@ -71,10 +75,18 @@ def check_fp64_stays_with_torch():
 
 
 def test_compiles_within_budget():
-    from pinclip_kernels.triton.l2_normalize import compile_cases
+    from pinclip_kernels.triton import l2_normalize as kernels
 
-    names = [f"_normalize_{way}_kernel/bf16/D1152" for way in ("forward", "backward")]
-    assert_cases(compile_cases(), [(name, arch) for name in names for arch in (80, 90)])
+    def walk_of(name):
+        return kernels._BACKWARD if "backward" in name else kernels._FORWARD
+
+    names = [
+        f"_normalize_{way}_kernel/bf16/D{width}"
+        for way in ("forward", "backward")
+        for width in (768, 1024, 1152)
+    ]
+    cases = kernels.compile_cases()
+    assert_cases(cases, [(name, arch) for name in names for arch in (80, 90)], walk_of)
 
 
 # On a GPU -------------------------------------------------------------------------------------------------

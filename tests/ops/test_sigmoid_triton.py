@@ -210,22 +210,22 @@ def check_matryoshka_strides_and_repeatability():
 
 
 COMPILED = [
-    ("all/bf16", 90, 0),
-    ("all/bf16", 80, 0),
-    ("all/fp32", 90, 0),
-    ("prefixes_plain/bf16", 90, 0),
-    ("prefixes_all/bf16", 90, 3),  # between the products of two prefixes, in which nothing spills
-    ("prefixes_all/bf16", 80, 0),
+    ("all/bf16", 90),
+    ("all/bf16", 80),
+    ("all/fp32", 90),
+    ("prefixes_plain/bf16", 90),
+    ("prefixes_all/bf16", 90),
+    ("prefixes_all/bf16", 80),
 ]
 
 
-@pytest.mark.parametrize("variant,arch,spills", COMPILED)
-def test_compiles_within_budget(variant, arch, spills):
+@pytest.mark.parametrize("variant,arch", COMPILED)
+def test_compiles_within_budget(variant, arch):
     from pinclip_kernels.triton.sigmoid import compile_cases
 
     name = f"_sigmoid_kernel/gradient/{variant}/sm_{arch}"
     (case,) = (each for each in compile_cases() if each.name == name)
-    assert_within_budget(case, arch, spills)
+    assert_within_budget(case, arch)
 
 
 def test_cases_cover_the_launch_table():

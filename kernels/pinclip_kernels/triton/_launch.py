@@ -26,6 +26,7 @@ class CompileCase:
     num_warps: int
     num_stages: int
     num_ctas: int = 1
+    maxnreg: int | None = None
     needs_dot: bool = True
     archs: tuple[int, ...] = (80, 90)
 
@@ -37,6 +38,8 @@ class CompileCase:
             if self.signature[name].startswith("*")
         }
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "num_ctas": self.num_ctas}
+        if self.maxnreg:
+            options["maxnreg"] = self.maxnreg
         source = ASTSource(self.kernel, self.signature, self.constexprs, aligned)
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

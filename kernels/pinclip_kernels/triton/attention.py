@@ -32,7 +32,8 @@ LONGEST = 384
 
 @dataclass(frozen=True)
 class Config:
-    """ROWS queries and KEYS keys at a time; groups of as many queries that a backward program holds."""
+    """ROWS queries and KEYS keys at a time; groups of as many queries that a backward program holds; the most
+    registers of a thread."""
 
     rows: int
     keys: int
@@ -40,6 +41,7 @@ class Config:
     stages: int
     reason: str
     groups: int = 1
+    registers: int | None = None
 
 
 _FORWARD_WIDE = Config(
@@ -47,7 +49,20 @@ _FORWARD_WIDE = Config(
     64,
     8,
     2,
-    "Compiled: 106 registers at Dh 64. Reads the keys half as often as 64 rows; where that wastes no more.",
+    "Compiled: two programs an SM. Reads the keys half as often as 64 rows; taken where that wastes no more.",
+    registers=128,
+)
+_FORWARD_WIDE_96 = Config(
+    128,
+    32,
+    8,
+    2,
+    """Compiled: two programs an SM, where 64 keys take 162 registers and leave room for one. 27 numbers a
+    thread are spilled at most, 4 of them in the loop.""",
+    registers=128,
+)
+_FORWARD_WIDE_128 = Config(
+    128, 64, 8, 2, "Compiled: 183 to 213 registers, one program an SM whatever the keys."
 )
 _FORWARD_NARROW = Config(
     64, 64, 4, 2, "Compiled: 122 registers at Dh 64, four programs an SM. Wastes least on short sequences."
@@ -66,7 +81,9 @@ def forward_config(n_q: int, width: int, norm: bool, arch: int) -> Config:
     if arch < 90:
         return _FORWARD_80
     narrow, wide = (_rows_computed(n_q, rows) for rows in (64, 128))
-    return _FORWARD_WIDE if wide <= narrow else _FORWARD_NARROW
+    if wide > narrow:
+        return _FORWARD_NARROW
+    return {64: _FORWARD_WIDE, 128: _FORWARD_WIDE_128}.get(width, _FORWARD_WIDE_96)
 
 
 def _rows_computed(n: int, rows: int) -> int:
@@ -232,6 +249,7 @@ class Problem:
             "RAGGED": rest != 0 and tail == 0,
             "num_warps": config.warps,
             "num_stages": config.stages,
+            "maxnreg": config.registers,
         }
         return arguments if tails is None else {**arguments, "TAIL_KEYS": tail}
 
@@ -340,7 +358,9 @@ _MASKS = ("plain", "tails", "packed")
 _ROWS = (
     # kernel, configuration, arch, head dims, variants
     (attention_forward, _FORWARD_NARROW, 90, _WIDTHS, _MASKS),
-    (attention_forward, _FORWARD_WIDE, 90, _WIDTHS, _MASKS),
+    (attention_forward, _FORWARD_WIDE, 90, (64,), _MASKS),
+    (attention_forward, _FORWARD_WIDE_96, 90, (72, 88), (*_MASKS, "ragged", "lengths")),
+    (attention_forward, _FORWARD_WIDE_128, 90, (128,), _MASKS),
     (attention_forward, _FORWARD_NORM, 90, _WIDTHS, ("norm",)),
     (attention_forward, _FORWARD_80, 80, _WIDTHS, ("plain", "packed")),
     (attention_backward, _SINGLE_64, 90, (64,), ("plain", "tails", "norm")),
@@ -406,6 +426,7 @@ def _case(kernel, config: Config, arch: int, width: int, variant: str, kind: str
         constexprs=constexprs,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
         archs=(arch,),
     )
 

@@ -21,27 +21,33 @@ from pinclip_kernels.triton._rows import (
     WIDTHS,
     RowConfig,
     RowWalk,
-    add_to_partials,
+    add,
+    add_rows,
+    load_rows,
+    load_vector,
+    mul,
+    no_sums,
     row_case,
-    row_config,
-    row_tile,
-    row_vector,
+    split_config,
     standardize,
     standardize_backward,
+    store_rows,
+    store_sums,
 )
 
 # Launch table --------------------------------------------------------------------------------------------
 
 _FORWARD = RowWalk(
-    depth=4,
-    resident=16,
-    reason="""Compiled: 104 to 124 registers a thread leave room for 16 warps. With four rows a thread these
-    have 32 KB under way per SM, about bandwidth times latency on an H200.""",
+    depth=2,
+    resident=20,
+    reason="""Compiled: 84 to 128 registers a thread, at 768 features up to 168, let all of them be resident.
+    Two rows a thread are 18 to 20 KB under way per SM, which for what is read, half of what is moved, is
+    about bandwidth times latency on an H200; four rows take up to 255 registers with Triton 3.6.""",
 )
 _BACKWARD = RowWalk(
-    depth=2,
-    resident=16,
-    reason="""Compiled: two rows of two tensors are again four loads a thread; 107 to 148 registers.""",
+    depth=1,
+    resident=20,
+    reason="""Compiled: a row of two tensors is as much; 80 to 128 registers. Two rows take up to 255.""",
 )
 _MOST_PINS = 64  # of one part: what is written per part is then 1% of what is read and written per pin
 
@@ -67,7 +73,8 @@ def _place(
     num_image,
     num_text,
     D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
     """Of place j: its number within its kind, places of this kind, pins that have it, and for which of them
     there is a token to be read (not of fusion tokens); slots, tokens, shared."""
@@ -79,8 +86,9 @@ def _place(
     tokens = tl.where(is_text, text, image)
     table = tl.where(is_fusion, fusion_tokens, tl.where(is_text, text_position, image_position))
     kind = tl.where(is_fusion, 0, tl.where(is_text, 2, 1))
-    shared = row_vector(table + at.to(tl.int64) * D, D, BLOCK) + row_vector(types + kind * D, D, BLOCK)
-    return at, places, count, tl.where(is_fusion, 0, count), slots, tokens, shared
+    own = load_vector(table + at.to(tl.int64) * D, D, T, FEATURES)
+    of_kind = load_vector(types + kind * D, D, T, FEATURES)
+    return at, places, count, tl.where(is_fusion, 0, count), slots, tokens, add(own, of_kind)
 
 
 @triton.jit(
@@ -112,9 +120,10 @@ def _fusion_forward_kernel(
     eps,
     D: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
-    w, b = row_vector(weight, D, BLOCK), row_vector(bias, D, BLOCK)
+    w, b = load_vector(weight, D, T, FEATURES), load_vector(bias, D, T, FEATURES)
     places_all = num_fusion + num_image + num_text
     for item in tl.range(tl.program_id(0), tl.cdiv(pins, part) * places_all, tl.num_programs(0)):
         j, first_pin = item % places_all, item // places_all * part
@@ -136,19 +145,17 @@ def _fusion_forward_kernel(
             num_image,
             num_text,
             D,
-            BLOCK,
+            T,
+            FEATURES,
         )
         for first in tl.range(first_pin, tl.minimum(first_pin + part, count), ROWS):
             pin = first + tl.arange(0, ROWS)
             rows = pin.to(tl.int64) * places + at
             slot = tl.load(slots + rows, mask=pin < count, other=total)
             there = slot < total  # else it is the padding of a text
-            from_at, here = row_tile(rows, there & (pin < read), D, BLOCK)
-            to_at, here_packed = row_tile(slot, there, D, BLOCK)
-            token = tl.load(tokens + from_at, mask=here, other=0.0).to(tl.float32)
-            x_hat, r_mean, r_rstd = standardize(token + shared[None, :], here_packed, eps, D)
-            result = x_hat * w[None, :] + b[None, :]
-            tl.store(packed + to_at, result.to(packed.dtype.element_ty), mask=here_packed)
+            token = load_rows(tokens, rows, there & (pin < read), D, T, FEATURES)
+            x_hat, r_mean, r_rstd = standardize(add(token, shared), eps, D, T, FEATURES)
+            store_rows(packed, slot, there, add(mul(x_hat, w), b), D, T, FEATURES)
             tl.store(mean + slot, r_mean, mask=there)
             tl.store(rstd + slot, r_rstd, mask=there)
 
@@ -185,11 +192,11 @@ def _fusion_backward_kernel(
     part,
     D: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
-    w = row_vector(weight, D, BLOCK)
-    weight_sum = tl.zeros([BLOCK], tl.float32)
-    bias_sum = tl.zeros([BLOCK], tl.float32)
+    w = load_vector(weight, D, T, FEATURES)
+    weight_sum, bias_sum = no_sums(T, FEATURES), no_sums(T, FEATURES)
     places_all = num_fusion + num_image + num_text
     for item in tl.range(tl.program_id(0), tl.cdiv(pins, part) * places_all, tl.num_programs(0)):
         j, first_pin = item % places_all, item // places_all * part
@@ -211,34 +218,32 @@ def _fusion_backward_kernel(
             num_image,
             num_text,
             D,
-            BLOCK,
+            T,
+            FEATURES,
         )
         grad_tokens = tl.where(j >= num_fusion + num_image, grad_text, grad_image)
-        shared_sum = tl.zeros([BLOCK], tl.float32)
+        shared_sum = no_sums(T, FEATURES)
         for first in tl.range(first_pin, tl.minimum(first_pin + part, count), ROWS):
             pin = first + tl.arange(0, ROWS)
             rows = pin.to(tl.int64) * places + at
             slot = tl.load(slots + rows, mask=pin < count, other=total)
             there = slot < total
-            from_at, here = row_tile(rows, there & (pin < read), D, BLOCK)
-            to_at, here_packed = row_tile(slot, there, D, BLOCK)
-            up = tl.load(grad + to_at, mask=here_packed, other=0.0).to(tl.float32)
-            token = tl.load(tokens + from_at, mask=here, other=0.0).to(tl.float32)
-            r_mean = tl.load(mean + slot, mask=there, other=0.0)
+            up = load_rows(grad, slot, there, D, T, FEATURES)
+            token = load_rows(tokens, rows, there & (pin < read), D, T, FEATURES)
+            r_mean = tl.load(mean + slot, mask=there, other=0.0)[:, None, None]
             r_rstd = tl.load(rstd + slot, mask=there, other=0.0)
-            x_hat = (token + shared[None, :] - r_mean[:, None]) * r_rstd[:, None]
-            down = standardize_backward(up * w[None, :], x_hat, r_rstd, D)
-            down = tl.where(here_packed, down, 0.0)
-            _, written = row_tile(rows, pin < read, D, BLOCK)  # the padding of a text too
-            tl.store(grad_tokens + from_at, down.to(grad_tokens.dtype.element_ty), mask=written)
-            shared_sum += tl.sum(down, 0)
-            weight_sum += tl.sum(up * x_hat, 0)
-            bias_sum += tl.sum(up, 0)
-        cols = tl.arange(0, BLOCK)
-        row = item + tl.zeros([BLOCK], tl.int64)
-        tl.store(shared_partials + row * D + cols, shared_sum, mask=cols < D)
-    add_to_partials(weight_partials, weight_sum, D, BLOCK)
-    add_to_partials(bias_partials, bias_sum, D, BLOCK)
+            x_hat = [(piece - r_mean) * r_rstd[:, None, None] for piece in add(token, shared)]
+            # At a place that is padding what is shared may be no number, and the weight anywhere.
+            x_hat = [tl.where(there[:, None, None], piece, 0.0) for piece in x_hat]
+            weight_sum = add_rows(weight_sum, mul(up, x_hat))
+            bias_sum = add_rows(bias_sum, up)
+            down = standardize_backward(mul(up, w), x_hat, r_rstd, D)
+            down = [tl.where(there[:, None, None], piece, 0.0) for piece in down]
+            store_rows(grad_tokens, rows, pin < read, down, D, T, FEATURES)  # the padding of a text too
+            shared_sum = add_rows(shared_sum, down)
+        store_sums(shared_partials, item, shared_sum, D, T, FEATURES)
+    store_sums(weight_partials, tl.program_id(0), weight_sum, D, T, FEATURES)
+    store_sums(bias_partials, tl.program_id(0), bias_sum, D, T, FEATURES)
 
 
 # Launch --------------------------------------------------------------------------------------------------
@@ -281,7 +286,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> packed [T, D] of `dtype`; mean, rstd fp32 [T]. weight, bias fp32."""
     width = weight.shape[0]
-    config = row_config(width, _FORWARD)
+    config = split_config(width, _FORWARD)
     part, parts, places = tokens.parts(config)
     packed = weight.new_empty((total, width), dtype=dtype)
     mean, rstd = (weight.new_empty(total) for _ in range(2))
@@ -298,7 +303,8 @@ def forward(
         eps,
         D=width,
         ROWS=config.rows,
-        BLOCK=config.block,
+        T=config.threads,
+        FEATURES=config.features,
         num_warps=config.warps,
     )
     return packed, mean, rstd
@@ -312,7 +318,7 @@ def backward(
     Extra memory: 4 D (2 P + C J) bytes, C = B / 64 where there are many pins.
     """
     total, width = grad.shape
-    config = row_config(width, _BACKWARD)
+    config = split_config(width, _BACKWARD)
     part, parts, places = tokens.parts(config)
     programs = config.grid(parts * places, weight.device)
     grad_image, grad_text = torch.empty_like(tokens.image), torch.empty_like(tokens.text)
@@ -334,7 +340,8 @@ def backward(
         part,
         D=width,
         ROWS=config.rows,
-        BLOCK=config.block,
+        T=config.threads,
+        FEATURES=config.features,
         num_warps=config.warps,
     )
     return grad_image, grad_text, shared_partials.sum(0), weight_partials.sum(0), bias_partials.sum(0)

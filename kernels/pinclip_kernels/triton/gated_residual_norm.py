@@ -15,13 +15,18 @@ from pinclip_kernels.triton._launch import CompileCase
 from pinclip_kernels.triton._rows import (
     WIDTHS,
     RowWalk,
-    add_to_partials,
+    add,
+    add_rows,
+    load_rows,
+    load_vector,
+    mul,
+    no_sums,
     row_case,
-    row_config,
-    row_tile,
-    row_vector,
+    split_config,
     standardize,
     standardize_backward,
+    store_rows,
+    store_sums,
 )
 
 # Launch table --------------------------------------------------------------------------------------------
@@ -30,14 +35,28 @@ _FORWARD = RowWalk(
     depth=2,
     resident=24,
     reason="""Compiled: 24 warps with four loads of 16 bytes a thread each have 48 KB under way per SM, more
-    than bandwidth times latency (about 32 KB on an H200); 80 registers a thread let them all be resident.""",
+    than bandwidth times latency (about 32 KB on an H200); 63 to 74 registers a thread at powers of two, up
+    to 96 at 1152 features and 106 at 768 let all of them be resident.""",
+)
+_FORWARD_MIXED = RowWalk(
+    depth=2,
+    resident=20,
+    reason="""Compiled: rows in fp32 and in half precision are exchanged between threads, which takes up to 88
+    registers a thread at 1024 features and less.""",
 )
 _BACKWARD = RowWalk(
     depth=1,
-    resident=24,
-    reason="""Compiled: again four loads a thread, here of four tensors. Two rows at once would leave room for
-    16 warps only, as three sums and two vectors over D stay in registers.""",
+    resident=20,
+    reason="""Compiled: again four loads a thread, here of four tensors. As three sums and two vectors over D
+    stay in registers, 91 to 96 a thread at 1024 features leave room for 20 warps, up to 126 at 1152 for 16,
+    up to 160 at 768 for 12.""",
 )
+
+
+def _forward_walk(same: bool) -> RowWalk:
+    """Of x and y in the same dtype or not."""
+    return _FORWARD if same else _FORWARD_MIXED
+
 
 # Kernels -------------------------------------------------------------------------------------------------
 
@@ -57,20 +76,22 @@ def _gated_forward_kernel(
     eps,
     D: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
-    g, w, b = row_vector(gate, D, BLOCK), row_vector(weight, D, BLOCK), row_vector(bias, D, BLOCK)
+    g, w = load_vector(gate, D, T, FEATURES), load_vector(weight, D, T, FEATURES)
+    b = load_vector(bias, D, T, FEATURES)
     for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
-        at, here = row_tile(rows, rows < n, D, BLOCK)
-        r = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-        r += g[None, :] * tl.load(y + at, mask=here, other=0.0).to(tl.float32)
-        tl.store(residual + at, r.to(residual.dtype.element_ty), mask=here)
-        x_hat, r_mean, r_rstd = standardize(r, here, eps, D)
-        result = x_hat * w[None, :] + b[None, :]
-        tl.store(normed + at, result.to(normed.dtype.element_ty), mask=here)
-        tl.store(mean + rows, r_mean, mask=rows < n)
-        tl.store(rstd + rows, r_rstd, mask=rows < n)
+        there = rows < n
+        r = load_rows(x, rows, there, D, T, FEATURES)
+        branch = load_rows(y, rows, there, D, T, FEATURES)
+        r = add(r, mul(g, branch))
+        store_rows(residual, rows, there, r, D, T, FEATURES)
+        x_hat, r_mean, r_rstd = standardize(r, eps, D, T, FEATURES)
+        store_rows(normed, rows, there, add(mul(x_hat, w), b), D, T, FEATURES)
+        tl.store(mean + rows, r_mean, mask=there)
+        tl.store(rstd + rows, r_rstd, mask=there)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -91,31 +112,30 @@ def _gated_backward_kernel(
     n,
     D: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
-    g, w = row_vector(gate, D, BLOCK), row_vector(weight, D, BLOCK)
-    gate_sum = tl.zeros([BLOCK], tl.float32)
-    weight_sum = tl.zeros([BLOCK], tl.float32)
-    bias_sum = tl.zeros([BLOCK], tl.float32)
+    g, w = load_vector(gate, D, T, FEATURES), load_vector(weight, D, T, FEATURES)
+    gate_sum, weight_sum, bias_sum = no_sums(T, FEATURES), no_sums(T, FEATURES), no_sums(T, FEATURES)
     for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
-        at, here = row_tile(rows, rows < n, D, BLOCK)
-        up = tl.load(grad_normed + at, mask=here, other=0.0).to(tl.float32)
-        r = tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
-        past = tl.load(grad_residual + at, mask=here, other=0.0).to(tl.float32)
-        branch = tl.load(y + at, mask=here, other=0.0).to(tl.float32)
-        r_mean = tl.load(mean + rows, mask=rows < n, other=0.0)
-        r_rstd = tl.load(rstd + rows, mask=rows < n, other=0.0)
-        x_hat = (r - r_mean[:, None]) * r_rstd[:, None]
-        grad = past + standardize_backward(up * w[None, :], x_hat, r_rstd, D)
-        tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=here)
-        tl.store(grad_y + at, (grad * g[None, :]).to(grad_y.dtype.element_ty), mask=here)
-        gate_sum += tl.sum(grad * branch, 0)
-        weight_sum += tl.sum(up * x_hat, 0)
-        bias_sum += tl.sum(up, 0)
-    add_to_partials(gate_partials, gate_sum, D, BLOCK)
-    add_to_partials(weight_partials, weight_sum, D, BLOCK)
-    add_to_partials(bias_partials, bias_sum, D, BLOCK)
+        there = rows < n
+        up = load_rows(grad_normed, rows, there, D, T, FEATURES)
+        r = load_rows(residual, rows, there, D, T, FEATURES)
+        past = load_rows(grad_residual, rows, there, D, T, FEATURES)
+        branch = load_rows(y, rows, there, D, T, FEATURES)
+        r_mean = tl.load(mean + rows, mask=there, other=0.0)[:, None, None]
+        r_rstd = tl.load(rstd + rows, mask=there, other=0.0)
+        x_hat = [(piece - r_mean) * r_rstd[:, None, None] for piece in r]
+        grad = add(past, standardize_backward(mul(up, w), x_hat, r_rstd, D))
+        store_rows(grad_x, rows, there, grad, D, T, FEATURES)
+        store_rows(grad_y, rows, there, mul(grad, g), D, T, FEATURES)
+        gate_sum = add_rows(gate_sum, mul(grad, branch))
+        weight_sum = add_rows(weight_sum, mul(up, x_hat))
+        bias_sum = add_rows(bias_sum, up)
+    store_sums(gate_partials, tl.program_id(0), gate_sum, D, T, FEATURES)
+    store_sums(weight_partials, tl.program_id(0), weight_sum, D, T, FEATURES)
+    store_sums(bias_partials, tl.program_id(0), bias_sum, D, T, FEATURES)
 
 
 # Launch --------------------------------------------------------------------------------------------------
@@ -126,7 +146,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> residual, normed [n, D] of `dtype`; mean, rstd fp32 [n]. x, y [n, D] contiguous."""
     n, width = x.shape
-    config = row_config(width, _FORWARD)
+    config = split_config(width, _forward_walk(x.dtype == y.dtype))
     residual, normed = (torch.empty_like(x, dtype=dtype) for _ in range(2))
     mean, rstd = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
     _gated_forward_kernel[(config.grid(triton.cdiv(n, config.rows), x.device),)](
@@ -143,7 +163,8 @@ def forward(
         eps,
         D=width,
         ROWS=config.rows,
-        BLOCK=config.block,
+        T=config.threads,
+        FEATURES=config.features,
         num_warps=config.warps,
     )
     return residual, normed, mean, rstd
@@ -165,7 +186,7 @@ def backward(
     Extra memory: 12 P D bytes.
     """
     n, width = residual.shape
-    config = row_config(width, _BACKWARD)
+    config = split_config(width, _BACKWARD)
     programs = config.grid(triton.cdiv(n, config.rows), y.device)
     grad_x, grad_y = torch.empty_like(y, dtype=x_dtype), torch.empty_like(y)
     partials = y.new_empty((3, programs, width), dtype=torch.float32)
@@ -184,7 +205,8 @@ def backward(
         n,
         D=width,
         ROWS=config.rows,
-        BLOCK=config.block,
+        T=config.threads,
+        FEATURES=config.features,
         num_warps=config.warps,
     )
     return grad_x, grad_y, *(each.sum(0) for each in partials)
@@ -203,6 +225,7 @@ def compile_cases() -> list[CompileCase]:
     for stream, branch in _KINDS:
         of_stream = ("x", "residual", "normed", "grad_residual", "grad_normed", "grad_x")
         kinds = {**dict.fromkeys(of_stream, f"*{stream}"), **dict.fromkeys(("y", "grad_y"), f"*{branch}")}
-        for kernel, walk in ((_gated_forward_kernel, _FORWARD), (_gated_backward_kernel, _BACKWARD)):
+        ways = ((_gated_forward_kernel, _forward_walk(stream == branch)), (_gated_backward_kernel, _BACKWARD))
+        for kernel, walk in ways:
             cases += [row_case(kernel, f"{stream}+{branch}", kinds, width, walk) for width in WIDTHS]
     return cases
