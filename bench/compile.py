@@ -294,6 +294,8 @@ def violations(report: Report, rules: list[dict]) -> list[str]:
         wanted = limits.get("tensor_core", {80: "hmma", 90: "hgmma", 100: "tcgen05"}[report.arch])
         if not report.counts[wanted]:
             broken.append(f"{where}: no {wanted.upper()} in the machine code")
+        if 1 < report.counts["hgmma"] <= report.counts["arrivals"]:
+            broken.append(f"{where}: every HGMMA waits for the one before, as the registers do not suffice")
     return broken
 
 

@@ -125,6 +125,7 @@ class Counts:
 
     instructions: int = 0
     hgmma: int = 0
+    arrivals: int = 0  # of a warp group at an HGMMA or several
     hmma: int = 0
     tcgen05: int = 0
     mufu: int = 0
@@ -153,6 +154,7 @@ def count(body: Iterable[Instruction]) -> Counts:
         base = each.base
         counts.instructions += base != "NOP"
         counts.hgmma += base.endswith("GMMA")
+        counts.arrivals += each.opcode.startswith("WARPGROUP.ARRIVE")
         counts.hmma += base in ("HMMA", "IMMA", "QMMA", "DMMA")
         counts.tcgen05 += bool(re.match(r"UTC\w*MMA", base))
         counts.mufu += base == "MUFU"

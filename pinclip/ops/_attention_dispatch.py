@@ -38,7 +38,7 @@ class Row:
 
 _HEAD_DIMS = (64, 72, 80, 88, 96, 128)  # of the kernels
 _LONGEST = 384
-_ARCHS = (80, 90)
+ARCHS = (80, 90)
 
 
 def _one_kernel(call: Call) -> bool:
@@ -53,7 +53,7 @@ def _one_kernel(call: Call) -> bool:
 TABLE = (
     Row(
         "other dtypes and devices",
-        lambda c: c.dtype not in (torch.bfloat16, torch.float16) or c.arch not in _ARCHS,
+        lambda c: c.dtype not in (torch.bfloat16, torch.float16) or c.arch not in ARCHS,
         False,
         "By design: our kernels multiply 16-bit numbers and have launch tables for sm_80 and sm_90; on "
         "sm_100 they compile, but spill registers.",

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 
-def require(condition: bool, name: str, expected: str, value: object) -> None:
-    """Raise ValueError "`name` must `expected`, but is `value`" unless `condition`."""
+def require(condition: bool, name: str, expected: str, value: object, **sizes: int) -> None:
+    """Raise ValueError "`name` must `expected`, but is `value`" unless `condition`.
+
+    sizes: of tensors, that `expected` names in braces; a string made of them beforehand would have
+    torch.compile begin anew for each."""
     if not condition:
-        raise ValueError(f"{name} must {expected}, but is {value}")
+        raise ValueError(f"{name} must {expected.format(**sizes)}, but is {value}")
 
 
 def check_float(name: str, tensor: Tensor) -> None:

@@ -43,13 +43,13 @@ class AttentionPlan(NamedTuple):
 def attention_plan(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> AttentionPlan | None:
     """What varlen attention of our GPU kernels derives from the segments, to be made once for all layers.
 
-    cu_seqlens, max_seqlen as in `attention`; tokens: T.  None where none of our kernels run, as on a CPU.
+    cu_seqlens, max_seqlen as in `attention`; tokens: T.  None where our kernels never run, as on a CPU.
     Two or three small kernels, without waiting for the device.  Extra memory: int32 [T] and about [S].
     Raises ValueError for other shapes and dtypes.
     """
     _check_cu_seqlens(cu_seqlens)
     require(tokens >= 0 and max_seqlen >= 0, "tokens, max_seqlen", "be 0 or more", (tokens, max_seqlen))
-    if not _architecture(cu_seqlens.device.type, cu_seqlens.device.index):
+    if _architecture(cu_seqlens.device.type, cu_seqlens.device.index) not in dispatch.ARCHS:
         return None
     return AttentionPlan(*_attention_plan(cu_seqlens, tokens, max_seqlen), max_seqlen)
 
@@ -190,8 +190,9 @@ def _check(q_or_qkv, k, v, cu_seqlens, causal, key_lengths, qk_norm, rope) -> No
         check_shape("k", k, (batch, None, heads, width), "[B, Nk, H, Dh]")
         check_shape("v", v, tuple(k.shape), "[B, Nk, H, Dh]")
         check_alike("q", q_or_qkv, k=k, v=v)
-        square = queries == k.shape[1]
-        require(square or not causal, "causal", f"be False for Nq {queries} and Nk {k.shape[1]}", causal)
+        keys = k.shape[1]
+        fits = queries == keys or not causal
+        require(fits, "causal", "be False for Nq {nq} and Nk {nk}", causal, nq=queries, nk=keys)
         longest = max(queries, k.shape[1])
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens)
@@ -207,7 +208,8 @@ def _check(q_or_qkv, k, v, cu_seqlens, causal, key_lengths, qk_norm, rope) -> No
         require(width % 2 == 0, "Dh", "be even for rope", width)
         for name, table in zip(("cos", "sin"), rope):
             check_shape(f"rope {name}", table, (None, width // 2), "[N, Dh/2]")
-            require(table.shape[0] >= longest, f"rope {name}", f"have {longest} rows or more", table.shape[0])
+            rows = table.shape[0]
+            require(rows >= longest, f"rope {name}", "have {n} rows or more", rows, n=longest)
 
 
 def _check_cu_seqlens(cu_seqlens) -> None:
@@ -218,7 +220,8 @@ def _check_cu_seqlens(cu_seqlens) -> None:
 
 def _check_plan(plan, qkv, cu_seqlens, max_seqlen) -> None:
     require(cu_seqlens is not None, "plan", "be None without cu_seqlens", "given")
-    require(plan.max_seqlen == max_seqlen, "plan", f"be of max_seqlen {max_seqlen}", plan.max_seqlen)
+    planned = plan.max_seqlen
+    require(planned == max_seqlen, "plan", "be of max_seqlen {longest}", planned, longest=max_seqlen)
     check_shape("plan's starts", plan.starts, (qkv.shape[0],), "[T]")
     check_device("qkv", qkv, **{"plan's starts": plan.starts})
 

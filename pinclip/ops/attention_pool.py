@@ -93,7 +93,8 @@ def _check(x, q, w_k, b_k, w_v, b_v, num_heads, key_lengths, norm, form) -> None
     check_shape("x", x, (None, None, None), "[B, N, D]")
     width = x.shape[2]
     require(x.shape[1] > 0, "x", "have at least one token", list(x.shape))
-    require(num_heads > 0 and width % num_heads == 0, "num_heads", f"divide the width {width}", num_heads)
+    divides = num_heads > 0 and width % num_heads == 0
+    require(divides, "num_heads", "divide the width {width}", num_heads, width=width)
     check_shape("q", q, (None, width), "[P, D]")
     for name, weight in (("w_k", w_k), ("w_v", w_v)):
         check_shape(name, weight, (width, width), "[D, D]")

@@ -51,6 +51,12 @@ def test_a_spill_is_found(cases):
     assert any("spill_bytes" in text for text in compiling.violations(report, RULES))
 
 
+def test_products_that_wait_for_one_another_are_found(cases):
+    """As 512 accumulators a thread do not fit, the assembler lets no two products be under way."""
+    report = compiling.report_triton(cases["spills"], 90)
+    assert any("waits for the one before" in text for text in compiling.violations(report, RULES))
+
+
 def test_a_product_on_the_slow_path_is_found(cases):
     report = compiling.report_triton(cases["no tensor cores"], 90)
     assert report.counts["hgmma"] == 0

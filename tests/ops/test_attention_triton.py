@@ -41,13 +41,13 @@ def plain(
     return _composed((q, k, v), cu_seqlens, max_seqlen, key_lengths, causal, q.shape[-1] ** -0.5)
 
 
-def compare(*tensors, weights=(), **options):
+def compare(*tensors, weights=(), eps=1e-5, **options):
     """Kernels, plain torch and truth from the same inputs; weights: of the norm, which get gradients too."""
 
     def with_norm(function):
         if not weights:
             return lambda *t: function(*t, **options)
-        return lambda *t: function(*t[:-2], qk_norm=QKNorm(*t[-2:], eps=1e-5), **options)
+        return lambda *t: function(*t[:-2], qk_norm=QKNorm(*t[-2:], eps=eps), **options)
 
     assert_as_exact_as(*(with_norm(f) for f in (attention, plain, reference)), [*tensors, *weights])
 
@@ -122,6 +122,15 @@ def check_padding_does_not_leak(kernels, tokens):
         assert (out[1] == 0).all() and (grad[1] == 0).all() and (out[[0, 2]] != 0).all()
 
 
+@pytest.mark.parametrize("tokens", [70, 140])
+def check_lengths_outside_of_the_tokens(kernels, tokens):
+    """Stand for none and for all; nothing before or behind the gradients is written."""
+    qkv = half(3, tokens, 3, 1, 64)
+    wrong, right = lengths_of(-500, tokens + 500, 7), lengths_of(0, tokens, 7)
+    call = lambda lengths: run(lambda t: attention(t, key_lengths=lengths), [qkv])  # noqa: E731
+    assert_same(call(wrong), call(right))
+
+
 def check_padding_does_not_leak_through_the_norm(kernels):
     lengths = lengths_of(0, 40)
     qkv, ones = half(2, 70, 3, 1, 72), torch.ones(72, dtype=torch.float16)
@@ -181,6 +190,12 @@ def check_norm_and_rope(kernels, width, tokens, case):
     weights = (half(width, seed=5), half(width, seed=6)) if case != "rope" else ()
     options = {"rope": tables(tokens, width)} if case != "norm" else {}
     compare(half(1, tokens, 3, 2, width), weights=weights, causal=width == 72, **options)
+
+
+@pytest.mark.parametrize("tokens", [50, 140])
+def check_norm_without_eps(kernels, tokens):
+    """Rows of a tile that are no tokens have no length to be divided by."""
+    compare(half(1, tokens, 3, 1, 64), weights=(half(64, seed=5), half(64, seed=6)), eps=0.0)
 
 
 @pytest.mark.parametrize("longest", [64, 150])
@@ -245,6 +260,41 @@ def check_compile_checkpoint_strides_repeat(kernels, monkeypatch, case):
     monkeypatch.setattr(op, "_choose", CHOOSE)
     shape, options = OPTIONS[case]
     assert_survives(lambda t: attention(t, **options), [half(*shape)])
+
+
+def _planned(qkv, cu_seqlens, longest):
+    plan = attention_plan(cu_seqlens, qkv.shape[0], longest)
+    return attention(qkv, cu_seqlens=cu_seqlens, max_seqlen=longest, plan=plan)
+
+
+def _sizes(kind, n):
+    """A call, and its arguments for a size."""
+    if kind == "plan":
+        bounds = torch.tensor([0, n, n + 1], dtype=torch.int32)
+        return _planned, (half(n + 1, 3, 1, 64), bounds, n)
+    q, k, v = half(3, 2, n, 1, 64).unbind()
+    if kind == "separate":
+        return lambda q, k, v: attention(q, k, v, causal=True), (q, k, v)
+    return lambda q, k, v, *rope: attention(q, k, v, rope=rope), (q, k, v, *tables(60, 64))
+
+
+@pytest.mark.parametrize("kind", ["plan", "separate", "rope"])
+def check_sizes_share_a_graph(kernels, monkeypatch, kind):
+    """torch.compile(fullgraph=True) of one function begins anew for a second size, but not for ten."""
+    monkeypatch.setattr(op, "_choose", CHOOSE)
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    call, _ = _sizes(kind, 20)
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for n in range(20, 30):
+        arguments = _sizes(kind, n)[1]
+        assert torch.equal(compiled(*arguments), call(*arguments))
+    assert len(graphs) <= 3
 
 
 def check_separate_heads_of_any_strides(kernels):
@@ -322,6 +372,11 @@ def check_a_plan_changes_nothing(kernels, longest):
             attention(tensor, **wrong, plan=made)
 
 
+def check_nothing_is_planned_where_the_kernels_do_not_run(monkeypatch):
+    monkeypatch.setattr(op, "_architecture", lambda *device: 120)
+    assert attention_plan(SEGMENTS, 130, 64) is None
+
+
 # Compiled for a GPU that is not there ---------------------------------------------------------------------
 
 
@@ -339,6 +394,14 @@ def test_compiles_within_budget(name, arch):
 
     (case,) = (each for each in compile_cases() if each.name == name)
     assert_within_budget(case, arch)
+
+
+def test_heads_too_far_apart_for_int32_are_copied():
+    from pinclip_kernels.triton.attention import _near
+
+    inside = torch.empty(257, 4000, 3, 12, 64, device="meta").transpose(0, 1).select(2, 0)  # the batch inside
+    assert not inside.is_contiguous() and _near(inside).is_contiguous()
+    assert _near(inside[:, :100]).stride() == inside.stride()
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -33,7 +33,7 @@ def window_of(window, bounds, lengths, n_q, n_k):
         return first.to(tl.int64), size, size
     else:
         if lengths is not None:
-            n_k = tl.minimum(tl.load(lengths + window).to(tl.int32), n_k)
+            n_k = tl.maximum(tl.minimum(tl.load(lengths + window).to(tl.int32), n_k), 0)
         return window.to(tl.int64) * n_q, n_q, n_k
 
 
@@ -206,11 +206,11 @@ def load_heads(base, rows, stride, inside, positions, norm, DH: tl.constexpr):
 
 @triton.jit
 def inverse_rms(x, norm, DH: tl.constexpr):
-    """1 / sqrt(mean(x²) + eps) of every row, fp32; 1 without a norm."""
+    """1 / sqrt(mean(x²) + eps) of every row, fp32; 1 without a norm. Finite also where no row is."""
     if norm[0] is None:
         return tl.full([x[0].shape[0]], 1.0, tl.float32)
     else:
-        return tl.rsqrt(inner_rows(x, x) / DH + norm[1])
+        return tl.rsqrt(tl.maximum(inner_rows(x, x) / DH + norm[1], 1e-37))
 
 
 @triton.jit

@@ -49,8 +49,7 @@ _FORWARD_WIDE = Config(
     64,
     8,
     2,
-    "Compiled: two programs an SM. Reads the keys half as often as 64 rows; taken where that wastes no more.",
-    registers=128,
+    "Compiled: 106 registers at Dh 64. Reads the keys half as often as 64 rows; where that wastes no more.",
 )
 _FORWARD_WIDE_96 = Config(
     128,
@@ -112,6 +111,14 @@ _SINGLE_256 = Config(
     32, at 88 and 96 49 to 66 of 1,194 to 1,740 instructions of the loop are spills, at Dh 128 more.""",
     groups=2,
 )
+_SINGLE_256_96 = Config(
+    128,
+    64,
+    8,
+    1,
+    "Compiled: as above at 88 and 96 features, where with two stages the products wait for one another.",
+    groups=2,
+)
 _SINGLE_256_NORM = Config(
     128, 64, 8, 1, "Compiled: as above, but two stages spill with norm and rotation.", groups=2
 )
@@ -146,7 +153,7 @@ def backward_config(
     if n_q <= 128:
         return _SINGLE_128_NORM if norm and width == 128 else _SINGLE_128
     if n_q <= (257 if plain and not norm else 256) and width <= (80 if norm else 96):
-        return _SINGLE_256_NORM if norm else _SINGLE_256
+        return _SINGLE_256_NORM if norm else _SINGLE_256 if width <= 80 else _SINGLE_256_96
     if width == 64 and not norm:
         return _SINGLE_384
     return (_TWICE_NORM, _TWICE_NORM) if norm else (_QUERIES, _KEYS)
@@ -209,6 +216,8 @@ class Problem:
         self.varlen = cu_seqlens is not None
         if self.varlen:
             q, k, v = q[None], k[None], v[None]
+        else:
+            q, k, v = (_near(heads) for heads in (q, k, v))
         self.q, self.k, self.v = _aligned(q), _aligned(k), _aligned(v)
         if self.k.stride() != self.v.stride():
             self.k, self.v = self.k.contiguous(), self.v.contiguous()
@@ -332,6 +341,13 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def _near(x: Tensor) -> Tensor:
+    """x with the tokens and heads of a sequence so near each other that int32 counts the elements between; a
+    copy only where they are not, as in large batches with the batch inside."""
+    near = all((x.shape[i] - 1) * x.stride(i) < 2**31 - 2**16 for i in (1, 2))
+    return x if near else x.contiguous()
+
+
 def _strides(name: str, x: Tensor, head: bool) -> dict[str, int]:
     strides = {f"{name}_batch8": x.stride(0) // 8, f"{name}_row8": x.stride(1) // 8}
     return {**strides, f"{name}_head8": x.stride(2) // 8} if head else strides
@@ -355,6 +371,7 @@ _VARIANTS = {
 }
 _WIDTHS = (64, 72, 88, 128)  # 80 and 96 are 72 and 88 without a mask of features
 _MASKS = ("plain", "tails", "packed")
+_LONG = ("plain", "last", "ragged", "segments", "lengths")
 _ROWS = (
     # kernel, configuration, arch, head dims, variants
     (attention_forward, _FORWARD_NARROW, 90, _WIDTHS, _MASKS),
@@ -370,7 +387,8 @@ _ROWS = (
     (attention_backward, _SINGLE_128, 90, (64, 72, 88), ("norm",)),
     (attention_backward, _SINGLE_128, 90, (64, 88), ("tails",)),
     (attention_backward, _SINGLE_128_NORM, 90, (128,), ("norm",)),
-    (attention_backward, _SINGLE_256, 90, (64, 72, 88), ("plain", "last", "ragged", "segments", "lengths")),
+    (attention_backward, _SINGLE_256, 90, (64, 72), _LONG),
+    (attention_backward, _SINGLE_256_96, 90, (88,), _LONG),
     (attention_backward, _SINGLE_256_NORM, 90, (64, 72), ("norm",)),
     (attention_backward, _SINGLE_384, 90, (64,), ("plain", "ragged", "segments", "lengths")),
     (attention_backward, _SINGLE_80, 80, (64, 128), ("plain", "packed")),
