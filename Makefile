@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: campaign bench-cpu help setup train test lint format ablation sanitize clean
+.PHONY: campaign bench-cpu help setup train test test-oldest-triton lint format ablation sanitize clean
 
 help:
 	@sed -n '1,3p' Makefile
@@ -63,6 +63,13 @@ build/sanitize-%: tests/csrc/sanitize.cpp $(wildcard csrc/*.cpp csrc/*.h)
 	@mkdir -p build
 	c++ -std=c++17 -O1 -g -pthread -fsanitize=$(SANITIZERS) -Icsrc tests/csrc/sanitize.cpp \
 		$(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) -o $@
+
+# The kernels with the oldest Triton that they support, and a numpy that its interpreter can work with.
+build/oldest-triton: | $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.6.0 numpy==2.2.6
+
+test-oldest-triton: build/oldest-triton
+	PYTHONPATH=$(CURDIR)/build/oldest-triton $(BIN)/python -m pytest tests/bench/test_compile.py $(wildcard tests/ops/test_*_triton.py)
 
 # On a GPU machine with Python, torch and triton alone: nothing is installed, nothing is fetched.
 # CAMPAIGN="--quick", or CAMPAIGN="--part 2/12", or CAMPAIGN="--rehearse" where there is no GPU.

@@ -61,7 +61,7 @@ def assert_cases(cases, compiled, walk_of=None):
     walk_of(name): the RowWalk of a case in pieces, whose programs must all be resident: one that waited for
     the others to end would have the GPU to itself.
     """
-    from pinclip_kernels.triton._rows import split_config
+    from pinclip_kernels.triton._rows import row_config
 
     from bench.compile import report_triton
 
@@ -73,7 +73,7 @@ def assert_cases(cases, compiled, walk_of=None):
         (case,) = (each for each in cases if each.name == name)
         assert_within_budget(case, arch)
         if walk_of is not None:
-            wanted = split_config(case.constexprs["D"], walk_of(name)).programs
+            wanted = row_config(case.constexprs["D"], walk_of(name)).programs
             assert wanted <= report_triton(case, arch).blocks, f"{name} sm_{arch}: {wanted} programs per SM"
 
 

@@ -47,11 +47,6 @@ class RowConfig:
     warps: int
     programs: int
 
-    @property
-    def block(self) -> int:
-        """Features of the tile, those behind the row's last one too."""
-        return self.threads * sum(self.features)
-
     def full(self, device: torch.device) -> int:
         """Programs that fill the device."""
         return self.programs * multiprocessors(device)
@@ -62,17 +57,14 @@ class RowConfig:
 
 
 def row_config(width: int, walk: RowWalk) -> RowConfig:
-    """The tile for rows of `width` features in one piece: 8 for every thread of the warps along a row."""
+    """The tile for rows of `width` features: 8 for every thread of the warps along a row; in two pieces where
+    the second one is smaller than the first and every thread has a share of it."""
     assert 0 < width <= WIDEST
-    return _config(max(16, triton.next_power_of_2(width)) // 8, (8,), walk)
-
-
-def split_config(width: int, walk: RowWalk) -> RowConfig:
-    """The same in two pieces, where the second one is smaller than the first and every thread has a share."""
-    whole = row_config(width, walk)
-    threads = whole.threads // 2
-    rest = triton.next_power_of_2(max(1, triton.cdiv(width, threads) - 8))
-    return _config(threads, (8, rest), walk) if threads >= 32 and rest < 8 else whole
+    threads = max(16, triton.next_power_of_2(width)) // 8
+    rest = triton.next_power_of_2(max(1, triton.cdiv(2 * width, threads) - 8))
+    if threads >= 64 and rest < 8:
+        return _config(threads // 2, (8, rest), walk)
+    return _config(threads, (8,), walk)
 
 
 def _config(threads: int, features: tuple[int, ...], walk: RowWalk) -> RowConfig:
@@ -83,13 +75,6 @@ def _config(threads: int, features: tuple[int, ...], walk: RowWalk) -> RowConfig
 
 
 # Inside kernels ------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def row_tile(rows, there, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Places of whole rows in a tensor [n, D], and the mask of those that are there; of one piece."""
-    cols = tl.arange(0, BLOCK)
-    return rows.to(tl.int64)[:, None] * D + cols[None, :], there[:, None] & (cols < D)[None, :]
 
 
 @triton.jit
@@ -249,12 +234,8 @@ def row_case(
     constants: dict = {},  # noqa: B006
 ) -> CompileCase:
     """One compilation: pointers not named are fp32."""
-    if "BLOCK" in kernel.arg_names:
-        config = row_config(width, walk)
-        tile = {"BLOCK": config.block}
-    else:
-        config = split_config(width, walk)
-        tile = {"T": config.threads, "FEATURES": config.features}
+    config = row_config(width, walk)
+    tile = {"T": config.threads, "FEATURES": config.features}
     constexprs = {"D": width, "ROWS": config.rows, **tile, **constants}
     kinds = {"eps": "fp32", **dict.fromkeys(_INTEGERS, "i32"), **pointers}
     kinds |= dict.fromkeys(constexprs, "constexpr")

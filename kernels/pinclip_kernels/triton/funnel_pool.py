@@ -10,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from pinclip_kernels.triton._launch import TYPES, CompileCase
-from pinclip_kernels.triton._rows import WIDTHS, RowWalk, row_case, row_config, row_tile
+from pinclip_kernels.triton._rows import (
+    WIDTHS,
+    RowWalk,
+    add,
+    load_rows,
+    row_case,
+    row_config,
+    store_rows,
+)
 
 # Launch table --------------------------------------------------------------------------------------------
 
@@ -47,33 +55,35 @@ def _funnel_forward_kernel(
     RESIDUAL: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
     for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
-        at, here = row_tile(rows, rows < n, D, BLOCK)
+        there = rows < n
         corner = _first_of_four(rows, grid)
-        total = tl.zeros([ROWS, BLOCK], tl.float32)
-        for neighbor in tl.static_range(4):
+        total = load_rows(x, corner, there, D, T, FEATURES)
+        for neighbor in tl.static_range(1, 4):
             token = corner + neighbor // 2 + neighbor % 2 * grid
-            of_x, _ = row_tile(token, rows < n, D, BLOCK)
-            total += tl.load(x + of_x, mask=here, other=0.0).to(tl.float32)
-        pooled = 0.25 * total
+            total = add(total, load_rows(x, token, there, D, T, FEATURES))
+        pooled = [0.25 * piece for piece in total]
         if RESIDUAL:
-            pooled += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
-        tl.store(y + at, pooled.to(y.dtype.element_ty), mask=here)
+            pooled = add(pooled, load_rows(residual, rows, there, D, T, FEATURES))
+        store_rows(y, rows, there, pooled, D, T, FEATURES)
 
 
 @triton.jit(do_not_specialize=["n", "grid"])
-def _funnel_backward_kernel(grad, grad_x, n, grid, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _funnel_backward_kernel(
+    grad, grad_x, n, grid, D: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, FEATURES: tl.constexpr
+):
     for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
-        at, here = row_tile(rows, rows < n, D, BLOCK)
-        quarter = 0.25 * tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
+        there = rows < n
+        quarter = [0.25 * piece for piece in load_rows(grad, rows, there, D, T, FEATURES)]
         corner = _first_of_four(rows, grid)
         for neighbor in tl.static_range(4):
-            of_x, _ = row_tile(corner + neighbor // 2 + neighbor % 2 * grid, rows < n, D, BLOCK)
-            tl.store(grad_x + of_x, quarter.to(grad_x.dtype.element_ty), mask=here)
+            token = corner + neighbor // 2 + neighbor % 2 * grid
+            store_rows(grad_x, token, there, quarter, D, T, FEATURES)
 
 
 # Launch --------------------------------------------------------------------------------------------------
@@ -93,7 +103,8 @@ def forward(x: Tensor, residual: Tensor | None, dtype: torch.dtype, grid: int) -
         RESIDUAL=residual is not None,
         D=width,
         ROWS=config.rows,
-        BLOCK=config.block,
+        T=config.threads,
+        FEATURES=config.features,
         num_warps=config.warps,
     )
     return y
@@ -105,7 +116,15 @@ def backward(grad: Tensor, dtype: torch.dtype, grid: int) -> Tensor:
     config = row_config(width, _BACKWARD)
     grad_x = grad.new_empty((4 * n, width), dtype=dtype)
     _funnel_backward_kernel[(config.grid(triton.cdiv(n, config.rows), grad.device),)](
-        grad, grad_x, n, grid, D=width, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps
+        grad,
+        grad_x,
+        n,
+        grid,
+        D=width,
+        ROWS=config.rows,
+        T=config.threads,
+        FEATURES=config.features,
+        num_warps=config.warps,
     )
     return grad_x
 

@@ -28,7 +28,7 @@ from pinclip_kernels.triton._rows import (
     mul,
     no_sums,
     row_case,
-    split_config,
+    row_config,
     standardize,
     standardize_backward,
     store_rows,
@@ -286,7 +286,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> packed [T, D] of `dtype`; mean, rstd fp32 [T]. weight, bias fp32."""
     width = weight.shape[0]
-    config = split_config(width, _FORWARD)
+    config = row_config(width, _FORWARD)
     part, parts, places = tokens.parts(config)
     packed = weight.new_empty((total, width), dtype=dtype)
     mean, rstd = (weight.new_empty(total) for _ in range(2))
@@ -318,7 +318,7 @@ def backward(
     Extra memory: 4 D (2 P + C J) bytes, C = B / 64 where there are many pins.
     """
     total, width = grad.shape
-    config = split_config(width, _BACKWARD)
+    config = row_config(width, _BACKWARD)
     part, parts, places = tokens.parts(config)
     programs = config.grid(parts * places, weight.device)
     grad_image, grad_text = torch.empty_like(tokens.image), torch.empty_like(tokens.text)

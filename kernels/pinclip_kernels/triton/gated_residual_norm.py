@@ -22,7 +22,7 @@ from pinclip_kernels.triton._rows import (
     mul,
     no_sums,
     row_case,
-    split_config,
+    row_config,
     standardize,
     standardize_backward,
     store_rows,
@@ -146,7 +146,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> residual, normed [n, D] of `dtype`; mean, rstd fp32 [n]. x, y [n, D] contiguous."""
     n, width = x.shape
-    config = split_config(width, _forward_walk(x.dtype == y.dtype))
+    config = row_config(width, _forward_walk(x.dtype == y.dtype))
     residual, normed = (torch.empty_like(x, dtype=dtype) for _ in range(2))
     mean, rstd = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
     _gated_forward_kernel[(config.grid(triton.cdiv(n, config.rows), x.device),)](
@@ -186,7 +186,7 @@ def backward(
     Extra memory: 12 P D bytes.
     """
     n, width = residual.shape
-    config = split_config(width, _BACKWARD)
+    config = row_config(width, _BACKWARD)
     programs = config.grid(triton.cdiv(n, config.rows), y.device)
     grad_x, grad_y = torch.empty_like(y, dtype=x_dtype), torch.empty_like(y)
     partials = y.new_empty((3, programs, width), dtype=torch.float32)

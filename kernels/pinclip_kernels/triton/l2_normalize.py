@@ -15,7 +15,7 @@ from pinclip_kernels.triton._rows import (
     load_rows,
     mul,
     row_case,
-    split_config,
+    row_config,
     store_rows,
     sub,
     sum_row,
@@ -89,7 +89,7 @@ def _normalize_backward_kernel(
 def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> y [n, D] in the dtype of x, norms fp32 [n]. x contiguous."""
     n, width = x.shape
-    config = split_config(width, _FORWARD)
+    config = row_config(width, _FORWARD)
     y, norm = torch.empty_like(x), x.new_empty(n, dtype=torch.float32)
     _normalize_forward_kernel[(config.grid(triton.cdiv(n, config.rows), x.device),)](
         x,
@@ -109,7 +109,7 @@ def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
     """-> gradient of x [n, D]. grad, x contiguous."""
     n, width = x.shape
-    config = split_config(width, _BACKWARD)
+    config = row_config(width, _BACKWARD)
     grad_x = torch.empty_like(x)
     _normalize_backward_kernel[(config.grid(triton.cdiv(n, config.rows), x.device),)](
         grad,
