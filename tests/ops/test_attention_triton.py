@@ -142,11 +142,19 @@ def check_padding_does_not_leak_through_the_norm(kernels):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-# Tiles of 64 and of 128 rows; a segment each, whose queries are two or three groups.
+# Tiles of 64 and of 128 rows; a segment each, most of them much shorter than the longest may be.
 @pytest.mark.parametrize("longest", [64, 100, 150, 300])
 @pytest.mark.parametrize("width", [64, 88])
 def check_varlen(both_tables, width, longest, causal):
     compare(half(130, 3, 1, width), cu_seqlens=SEGMENTS, max_seqlen=longest, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("width,sizes", [(64, (140, 0, 150)), (88, (131, 250)), (64, (300, 257))])
+def check_long_segments(kernels, width, sizes, causal):
+    """The queries of one are two or three groups."""
+    cu_seqlens = torch.tensor([0, *sizes]).cumsum(0).int()
+    compare(half(sum(sizes), 3, 1, width), cu_seqlens=cu_seqlens, max_seqlen=max(sizes), causal=causal)
 
 
 @pytest.mark.parametrize("longest", [64, 150])
@@ -427,8 +435,8 @@ def test_cases_cover_the_launch_table():
                 for norm in (False, launch.fuses_norm(arch)):
                     forward = launch.forward_config(n, width, norm, arch)
                     assert (launch.attention_forward, forward, arch) in listed
-                    for plain in (False, True):
-                        backward = launch.backward_config(n, width, norm, arch, plain)
+                    for plain, sparse in ((False, False), (True, False), (False, True)):
+                        backward = launch.backward_config(n, width, norm, arch, plain, sparse)
                         if isinstance(backward, launch.Config):
                             assert n <= backward.groups * backward.rows + (plain and not norm)
                             assert (launch.attention_backward, backward, arch) in listed
@@ -548,13 +556,15 @@ class TestGpu:
 
     @pytest.mark.usefixtures("ours")
     @pytest.mark.parametrize("causal", [False, True])
-    @pytest.mark.parametrize("longest", [12, 20, 64, 100, 128, 320])
+    @pytest.mark.parametrize("longest", [12, 20, 64, 100, 128, 200, 320])
     @pytest.mark.parametrize("width", WIDTHS)
     def test_varlen(self, width, longest, causal):
-        sizes = torch.randint(0, longest + 1, (70,), generator=torch.Generator().manual_seed(longest))
-        cu_seqlens = torch.cat((sizes.new_zeros(1), sizes.cumsum(0))).int().cuda()
-        qkv = self.heads(int(sizes.sum()), 3, 4, width)
-        compare(qkv, cu_seqlens=cu_seqlens, max_seqlen=longest, causal=causal)
+        for shortest in (0, longest * 3 // 4):
+            draw = torch.Generator().manual_seed(longest)
+            sizes = torch.randint(shortest, longest + 1, (70,), generator=draw)
+            cu_seqlens = torch.cat((sizes.new_zeros(1), sizes.cumsum(0))).int().cuda()
+            qkv = self.heads(int(sizes.sum()), 3, 4, width)
+            compare(qkv, cu_seqlens=cu_seqlens, max_seqlen=longest, causal=causal)
 
     @pytest.mark.usefixtures("ours")
     @pytest.mark.parametrize("tokens", [50, 77, 128, 197, 256, 320])

@@ -142,17 +142,20 @@ _KEYS_80 = Config(
 
 
 def backward_config(
-    n_q: int, width: int, norm: bool, arch: int, plain: bool = False
+    n_q: int, width: int, norm: bool, arch: int, plain: bool = False, sparse: bool = False
 ) -> Config | tuple[Config, Config]:
     """One row for the single kernel; two, of the passes over queries and over keys, where it does not fit.
 
-    plain: as many keys as queries, without masks; then one token more than the groups hold fits too."""
+    plain: as many keys as queries, without masks; then one token more than the groups hold fits too. sparse:
+    less than half of the groups' rows would be tokens; the passes end where a segment ends."""
     if arch < 90:
         return _SINGLE_80 if n_q <= 128 and width in (64, 128) else (_QUERIES_80, _KEYS_80)
     if n_q <= 64 and width < 128:
         return _SINGLE_64 if width == 64 else _SINGLE_64_WIDE
     if n_q <= 128:
         return _SINGLE_128_NORM if norm and width == 128 else _SINGLE_128
+    if sparse:
+        return (_TWICE_NORM, _TWICE_NORM) if norm else (_QUERIES, _KEYS)
     if n_q <= (257 if plain and not norm else 256) and width <= (80 if norm else 96):
         return _SINGLE_256_NORM if norm else _SINGLE_256 if width <= 80 else _SINGLE_256_96
     if width == 64 and not norm:
@@ -305,7 +308,9 @@ class Problem:
         to_q, to_k = _strides("dq", dq, False), _strides("dk", dk, False)
         plain = not (self.causal or self.bounds is not None or self.lengths is not None)
         plain = plain and self.n_q == self.n_k
-        configs = backward_config(self.n_q, width, self._fuses(), self.arch, plain)
+        rows = self.windows * 128 * triton.cdiv(self.n_q, 128)
+        sparse = self.bounds is not None and 2 * self.q.shape[1] < rows
+        configs = backward_config(self.n_q, width, self._fuses(), self.arch, plain, sparse)
         if isinstance(configs, Config):
             held = configs.groups * configs.rows
             apart = max(0, self.n_q - held)
@@ -393,8 +398,8 @@ _ROWS = (
     (attention_backward, _SINGLE_256_NORM, 90, (64, 72), ("norm",)),
     (attention_backward, _SINGLE_384, 90, (64,), ("plain", "ragged", "segments", "lengths")),
     (attention_backward, _SINGLE_80, 80, (64, 128), ("plain", "packed")),
-    (attention_backward_queries, _QUERIES, 90, (72, 88, 128), ("plain", "segments", "lengths")),
-    (attention_backward_keys, _KEYS, 90, (72, 88, 128), ("plain", "segments", "lengths")),
+    (attention_backward_queries, _QUERIES, 90, _WIDTHS, ("plain", "segments", "lengths")),
+    (attention_backward_keys, _KEYS, 90, _WIDTHS, ("plain", "segments", "lengths")),
     (attention_backward_queries, _TWICE_NORM, 90, _WIDTHS, ("norm",)),
     (attention_backward_keys, _TWICE_NORM, 90, _WIDTHS, ("norm",)),
     (attention_backward_queries, _QUERIES_80, 80, _WIDTHS, ("plain", "packed")),
