@@ -47,6 +47,10 @@ class RowConfig:
     warps: int
     programs: int
 
+    def constants(self, width: int) -> dict:
+        """What every kernel over rows of `width` features is compiled for."""
+        return {"D": width, "ROWS": self.rows, "T": self.threads, "FEATURES": self.features}
+
     def full(self, device: torch.device) -> int:
         """Programs that fill the device."""
         return self.programs * multiprocessors(device)
@@ -235,8 +239,7 @@ def row_case(
 ) -> CompileCase:
     """One compilation: pointers not named are fp32."""
     config = row_config(width, walk)
-    tile = {"T": config.threads, "FEATURES": config.features}
-    constexprs = {"D": width, "ROWS": config.rows, **tile, **constants}
+    constexprs = {**config.constants(width), **constants}
     kinds = {"eps": "fp32", **dict.fromkeys(_INTEGERS, "i32"), **pointers}
     kinds |= dict.fromkeys(constexprs, "constexpr")
     signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}

@@ -101,10 +101,7 @@ def forward(x: Tensor, residual: Tensor | None, dtype: torch.dtype, grid: int) -
         n,
         grid,
         RESIDUAL=residual is not None,
-        D=width,
-        ROWS=config.rows,
-        T=config.threads,
-        FEATURES=config.features,
+        **config.constants(width),
         num_warps=config.warps,
     )
     return y
@@ -120,10 +117,7 @@ def backward(grad: Tensor, dtype: torch.dtype, grid: int) -> Tensor:
         grad_x,
         n,
         grid,
-        D=width,
-        ROWS=config.rows,
-        T=config.threads,
-        FEATURES=config.features,
+        **config.constants(width),
         num_warps=config.warps,
     )
     return grad_x

@@ -301,10 +301,7 @@ def forward(
         total,
         part,
         eps,
-        D=width,
-        ROWS=config.rows,
-        T=config.threads,
-        FEATURES=config.features,
+        **config.constants(width),
         num_warps=config.warps,
     )
     return packed, mean, rstd
@@ -338,10 +335,7 @@ def backward(
         *tokens.sizes,
         total,
         part,
-        D=width,
-        ROWS=config.rows,
-        T=config.threads,
-        FEATURES=config.features,
+        **config.constants(width),
         num_warps=config.warps,
     )
     return grad_image, grad_text, shared_partials.sum(0), weight_partials.sum(0), bias_partials.sum(0)

@@ -161,10 +161,7 @@ def forward(
         rstd,
         n,
         eps,
-        D=width,
-        ROWS=config.rows,
-        T=config.threads,
-        FEATURES=config.features,
+        **config.constants(width),
         num_warps=config.warps,
     )
     return residual, normed, mean, rstd
@@ -203,10 +200,7 @@ def backward(
         grad_y,
         *partials,
         n,
-        D=width,
-        ROWS=config.rows,
-        T=config.threads,
-        FEATURES=config.features,
+        **config.constants(width),
         num_warps=config.warps,
     )
     return grad_x, grad_y, *(each.sum(0) for each in partials)

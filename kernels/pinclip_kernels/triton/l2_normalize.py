@@ -97,10 +97,7 @@ def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         norm,
         n,
         eps,
-        D=width,
-        ROWS=config.rows,
-        T=config.threads,
-        FEATURES=config.features,
+        **config.constants(width),
         num_warps=config.warps,
     )
     return y, norm
@@ -118,10 +115,7 @@ def backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         grad_x,
         n,
         eps,
-        D=width,
-        ROWS=config.rows,
-        T=config.threads,
-        FEATURES=config.features,
+        **config.constants(width),
         num_warps=config.warps,
     )
     return grad_x
