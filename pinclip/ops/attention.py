@@ -26,10 +26,7 @@ from pinclip.reference.attention import QKNorm, accumulation_dtype, rms_norm, ro
 
 __all__ = ["AttentionPlan", "QKNorm", "attention", "attention_plan"]
 
-# cuDNN's is left out: with a mask and N % 128 == 64 its dQ is NaN where a row's logsumexp is below -88
-# (pytorch#196678).
 _SHARED = 128  # the longest segments of which several share a tile
-_CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class AttentionPlan(NamedTuple):
@@ -90,8 +87,9 @@ def attention(
     plan         of these cu_seqlens, from `attention_plan`, with their max_seqlen: made once for all layers.
 
     Any floating dtype; scores and softmax accumulate in fp32, or in fp64 for fp64 inputs.  Under autocast the
-    inputs are cast as for scaled_dot_product_attention.  Gradients: q, k, v and the norms.  Deterministic.
+    inputs are cast as for scaled_dot_product_attention.  Gradients: q, k, v and the norms.
     On CUDA short sequences run our kernels, others SDPA's: docs/attention.md has the table.
+    Deterministic on a CPU and in our kernels; SDPA's backward under torch.use_deterministic_algorithms(True).
     Extra memory: one number per query and head; with qk_norm or rope copies of q and k, but in our kernels.
     Collectives: none.
     Raises ValueError for shapes, dtypes, devices and combinations other than these.
@@ -267,10 +265,23 @@ def _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale) -> Te
             mask = mask & torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
     causal = causal and mask is None
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    with sdpa_kernel(_CUDA_BACKENDS):
+    arch = _architecture(q.device.type, q.device.index)
+    with sdpa_kernel(_backends(arch, mask is not None, q.shape[2]), set_priority=True):
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     out = out.transpose(1, 2).flatten(2)
     return out if cu_seqlens is None else out.flatten(0, 1).index_select(0, slot)
+
+
+def _backends(arch: int, masked: bool, queries: int) -> list[SDPBackend]:
+    """SDPA's kernels, the preferred one first.
+
+    On sm_90 cuDNN's are the fastest (published: 1.7 to 2.3 times FlashAttention 2 in training, and slower on
+    other architectures: transformers#48163), but wrong with a mask at N % 128 == 64, where dQ is NaN if a
+    row's logsumexp is below -88 (pytorch#196678), and at one query, where dK and dV are NaN
+    (cudnn-frontend#1072).
+    """
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return [SDPBackend.CUDNN_ATTENTION, *others] if arch == 90 and not masked and queries > 1 else others
 
 
 @torch.library.custom_op("pinclip::attention_plan", mutates_args=())

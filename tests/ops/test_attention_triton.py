@@ -2,11 +2,13 @@
 
 from importlib import import_module
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 from ops_helpers import assert_as_exact_as, assert_autocast, assert_same, assert_survives, normal, run
 from torch.library import opcheck
+from torch.nn.attention import SDPBackend
 from triton_cases import assert_within_budget, interpret
 
 from pinclip.ops import _attention_dispatch as dispatch
@@ -14,6 +16,8 @@ from pinclip.ops.attention import QKNorm, _composed, _norm_and_rotate, attention
 from pinclip.reference.attention import attention as reference
 
 op = import_module("pinclip.ops.attention")  # the package has a function of that name
+
+BACKENDS = op._backends
 
 WIDTHS = [64, 72, 80, 88, 96, 128]
 # Around tiles of 16, 64 and 128 rows; ViTs with and without CLS; the longest backward pass in one kernel, and
@@ -35,10 +39,13 @@ def lengths_of(*values, device="cpu"):
 def plain(
     *tensors, cu_seqlens=None, max_seqlen=None, causal=False, key_lengths=None, qk_norm=None, rope=None
 ):
-    """The same from torch's own attention, in the dtype of the tensors."""
+    """The same from torch's own attention, in the dtype of the tensors; on a GPU from another of its kernels
+    than the table would choose."""
     q, k, v = tensors[0].unbind(-3) if len(tensors) == 1 else tensors
     q, k = _norm_and_rotate(q, k, cu_seqlens, qk_norm, rope)
-    return _composed((q, k, v), cu_seqlens, max_seqlen, key_lengths, causal, q.shape[-1] ** -0.5)
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if q.is_cuda else BACKENDS(0, False, 1)
+    with mock.patch.object(op, "_backends", lambda *call: backends):
+        return _composed((q, k, v), cu_seqlens, max_seqlen, key_lengths, causal, q.shape[-1] ** -0.5)
 
 
 def compare(*tensors, weights=(), eps=1e-5, **options):
@@ -509,8 +516,29 @@ def test_every_row_has_a_reason_and_is_reached():
         assert row.reason.split(":")[0].split(" by")[0] in ("By design", "Not measured", "Measured")
 
 
-def test_the_peer_that_is_wrong_with_masks_is_left_out():
-    assert torch.nn.attention.SDPBackend.CUDNN_ATTENTION not in op._CUDA_BACKENDS
+@pytest.mark.parametrize(
+    "arch,masked,queries,first",
+    [
+        (90, False, 577, SDPBackend.CUDNN_ATTENTION),
+        (90, True, 576, SDPBackend.FLASH_ATTENTION),
+        (90, False, 1, SDPBackend.FLASH_ATTENTION),
+        (80, False, 577, SDPBackend.FLASH_ATTENTION),
+        (100, False, 577, SDPBackend.FLASH_ATTENTION),
+    ],
+)
+def test_the_peer_that_is_wrong_at_times_is_preferred_elsewhere(arch, masked, queries, first):
+    backends = BACKENDS(arch, masked, queries)
+    assert backends[0] == first
+    assert (SDPBackend.CUDNN_ATTENTION in backends) == (first == SDPBackend.CUDNN_ATTENTION)
+    assert backends[-1] == SDPBackend.MATH
+
+
+def test_the_preference_of_a_peer_is_compiled_too(monkeypatch):
+    """In one graph; on a CPU, where all of these are one kernel."""
+    monkeypatch.setattr(op, "_backends", lambda *call: BACKENDS(90, False, 2))
+    tensors = normal(3, 1, 70, 2, 64, dtype=torch.float32).unbind()
+    call = lambda *t: _composed(t, None, None, None, False, 0.125)  # noqa: E731
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors), call(*tensors))
 
 
 # On a GPU -------------------------------------------------------------------------------------------------
