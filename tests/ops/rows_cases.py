@@ -59,11 +59,11 @@ def assert_cases(cases, compiled, walk_of=None):
     budget: no spill, and no wait of a tensor core product, as there is none.
 
     walk_of(name): the RowWalk of a case in pieces, whose programs must all be resident: one that waited for
-    the others to end would have the GPU to itself.
+    the others to end would have the GPU to itself. With the newest Triton, for which the tables are made.
     """
     from pinclip_kernels.triton._rows import row_config
 
-    from bench.compile import report_triton
+    from bench.compile import known_versions, report_triton, triton_version
 
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
@@ -72,7 +72,7 @@ def assert_cases(cases, compiled, walk_of=None):
     for name, arch in compiled:
         (case,) = (each for each in cases if each.name == name)
         assert_within_budget(case, arch)
-        if walk_of is not None:
+        if walk_of is not None and triton_version() == known_versions()[-1]:
             wanted = row_config(case.constexprs["D"], walk_of(name)).programs
             assert wanted <= report_triton(case, arch).blocks, f"{name} sm_{arch}: {wanted} programs per SM"
 

@@ -33,16 +33,10 @@ from pinclip_kernels.triton._rows import (
 
 _FORWARD = RowWalk(
     depth=2,
-    resident=24,
-    reason="""Compiled: 24 warps with four loads of 16 bytes a thread each have 48 KB under way per SM, more
-    than bandwidth times latency (about 32 KB on an H200); 63 to 74 registers a thread at powers of two, up
-    to 96 at 1152 features and 106 at 768 let all of them be resident.""",
-)
-_FORWARD_MIXED = RowWalk(
-    depth=2,
     resident=20,
-    reason="""Compiled: rows in fp32 and in half precision are exchanged between threads, which takes up to 88
-    registers a thread at 1024 features and less.""",
+    reason="""Compiled: 20 warps with four loads of 16 bytes a thread each have 40 KB under way per SM, more
+    than bandwidth times latency (about 32 KB on an H200); 63 to 96 registers a thread, at 768 features up to
+    128, let all of them be resident.""",
 )
 _BACKWARD = RowWalk(
     depth=1,
@@ -51,11 +45,6 @@ _BACKWARD = RowWalk(
     stay in registers, 91 to 96 a thread at 1024 features leave room for 20 warps, up to 126 at 1152 for 16,
     up to 160 at 768 for 12.""",
 )
-
-
-def _forward_walk(same: bool) -> RowWalk:
-    """Of x and y in the same dtype or not."""
-    return _FORWARD if same else _FORWARD_MIXED
 
 
 # Kernels -------------------------------------------------------------------------------------------------
@@ -146,7 +135,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> residual, normed [n, D] of `dtype`; mean, rstd fp32 [n]. x, y [n, D] contiguous."""
     n, width = x.shape
-    config = row_config(width, _forward_walk(x.dtype == y.dtype))
+    config = row_config(width, _FORWARD)
     residual, normed = (torch.empty_like(x, dtype=dtype) for _ in range(2))
     mean, rstd = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
     _gated_forward_kernel[(config.grid(triton.cdiv(n, config.rows), x.device),)](
@@ -219,7 +208,6 @@ def compile_cases() -> list[CompileCase]:
     for stream, branch in _KINDS:
         of_stream = ("x", "residual", "normed", "grad_residual", "grad_normed", "grad_x")
         kinds = {**dict.fromkeys(of_stream, f"*{stream}"), **dict.fromkeys(("y", "grad_y"), f"*{branch}")}
-        ways = ((_gated_forward_kernel, _forward_walk(stream == branch)), (_gated_backward_kernel, _BACKWARD))
-        for kernel, walk in ways:
+        for kernel, walk in ((_gated_forward_kernel, _FORWARD), (_gated_backward_kernel, _BACKWARD)):
             cases += [row_case(kernel, f"{stream}+{branch}", kinds, width, walk) for width in WIDTHS]
     return cases
