@@ -26,8 +26,6 @@ from pinclip.reference.attention import QKNorm, accumulation_dtype, rms_norm, ro
 
 __all__ = ["AttentionPlan", "QKNorm", "attention", "attention_plan"]
 
-_SHARED = 128  # the longest segments of which several share a tile
-
 
 class AttentionPlan(NamedTuple):
     """Which segments share a tile of the GPU kernels, from `attention_plan`."""
@@ -123,7 +121,7 @@ def attention(
         return _composed(tensors, cu_seqlens, max_seqlen, key_lengths, causal, scale)
     if packed:
         tiles = starts = None
-        if ours and cu_seqlens is not None and (max_seqlen <= _SHARED or rope is not None):
+        if ours and cu_seqlens is not None and (max_seqlen <= dispatch.SHARED or rope is not None):
             tiles, starts, _ = plan or attention_plan(cu_seqlens, q_or_qkv.shape[0], max_seqlen)
         segments = cu_seqlens, max_seqlen, tiles, starts
         return _attention(*tensors, *segments, key_lengths, causal, scale, *norm)[0]
@@ -286,7 +284,8 @@ def _backends(arch: int, masked: bool, queries: int) -> list[SDPBackend]:
 
 @torch.library.custom_op("pinclip::attention_plan", mutates_args=())
 def _attention_plan(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """-> the bounds of the tiles, none where max_seqlen > _SHARED, and the starts of the tokens' segments."""
+    """-> the bounds of the tiles, none where segments are too long to share one, and the starts of the
+    segments of all tokens."""
     from pinclip_kernels.triton._attention_plan import plan
 
     with torch.cuda.device_of(cu_seqlens):

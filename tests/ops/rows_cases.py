@@ -54,12 +54,12 @@ def assert_as_exact_over_draws(function, plain, reference, problems):
         assert error <= 2 * allowed[here] + greatest[here], f"{here}: {error:.3g}, plain {allowed[here]:.3g}"
 
 
-def assert_cases(cases, compiled, walk_of=None):
+def assert_cases(cases, compiled, walks=None):
     """Every case names each argument of its kernel; those whose name starts with one of `compiled` keep their
     budget: no spill, and no wait of a tensor core product, as there is none.
 
-    walk_of(name): the RowWalk of a case in pieces, whose programs must all be resident: one that waited for
-    the others to end would have the GPU to itself. With the newest Triton, for which the tables are made.
+    walks: the RowWalks of forward and backward, whose programs must all be resident: one that waited for the
+    others to end would have the GPU to itself. With the newest Triton, for which the tables are made.
     """
     from pinclip_kernels.triton._rows import row_config
 
@@ -72,8 +72,8 @@ def assert_cases(cases, compiled, walk_of=None):
     for name, arch in compiled:
         (case,) = (each for each in cases if each.name == name)
         assert_within_budget(case, arch)
-        if walk_of is not None and triton_version() == known_versions()[-1]:
-            wanted = row_config(case.constexprs["D"], walk_of(name)).programs
+        if walks is not None and triton_version() == known_versions()[-1]:
+            wanted = row_config(case.constexprs["D"], walks["backward" in name]).programs
             assert wanted <= report_triton(case, arch).blocks, f"{name} sm_{arch}: {wanted} programs per SM"
 
 
@@ -117,6 +117,11 @@ def assert_does_not_wait(function, tensors):
         results = results if isinstance(results, tuple) else (results,)
         torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results])
 
+    assert_step_does_not_wait(step)
+
+
+def assert_step_does_not_wait(step):
+    """Nor does a step of any kind, the second time."""
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

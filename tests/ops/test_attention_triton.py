@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from ops_helpers import assert_as_exact_as, assert_autocast, assert_same, assert_survives, normal, run
+from rows_cases import assert_captured, assert_does_not_wait
 from torch.library import opcheck
 from torch.nn.attention import SDPBackend
 from triton_cases import assert_within_budget, interpret
@@ -502,6 +503,7 @@ def test_every_row_has_a_reason_and_is_reached():
     from pinclip_kernels.triton import attention as launch
 
     assert dispatch._HEAD_DIMS == launch.HEAD_DIMS and dispatch._LONGEST == launch.LONGEST
+    assert launch.tile_rows(dispatch.SHARED) and not launch.tile_rows(dispatch.SHARED + 1)
     calls = [
         call(arch=arch, width=width, queries=n, keys=n, dtype=dtype, **{flag: True})
         for arch in (80, 90)
@@ -659,37 +661,10 @@ class TestGpu:
             results = zip(self.run(qkv, **options), self.call(call, qkv, **options, plan=made))
             assert all(torch.equal(a, b) for a, b in results)
 
-    def test_cuda_graph(self):
+    def test_cuda_graph_without_waiting(self):
         qkv, options = self.text()
-        leaf = qkv.requires_grad_()
-
-        def step():
-            out = attention(leaf, **options)
-            return [out, *torch.autograd.grad(out, leaf, torch.ones_like(out))]
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        with torch.no_grad():
-            leaf.copy_(leaf.flip(0))
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, step()))
-
-    def test_does_not_wait_for_the_gpu(self):
-        qkv, options = self.text()
-        out = attention(qkv.requires_grad_(), **options)
-        torch.autograd.grad(out, qkv, torch.ones_like(out))
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            out = attention(qkv, **options)
-            torch.autograd.grad(out, qkv, torch.ones_like(out))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        assert_captured(lambda t: attention(t, **options), [qkv])
+        assert_does_not_wait(lambda t: attention(t, **options), [qkv])
 
     def test_autocast(self):
         qkv = self.heads(2, 197, 3, 4, 64)

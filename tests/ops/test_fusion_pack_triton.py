@@ -126,16 +126,13 @@ def check_a_position_of_padding_alone():
 def test_compiles_within_budget():
     from pinclip_kernels.triton import fusion_pack as kernels
 
-    def walk_of(name):
-        return kernels._BACKWARD if "backward" in name else kernels._FORWARD
-
     names = [
         f"_fusion_{way}_kernel/bf16+bf16/D{width}"
         for way in ("forward", "backward")
         for width in (768, 1024, 1152)
     ]
-    cases = kernels.compile_cases()
-    assert_cases(cases, [(name, arch) for name in names for arch in (80, 90)], walk_of)
+    cases, walks = kernels.compile_cases(), (kernels._FORWARD, kernels._BACKWARD)
+    assert_cases(cases, [(name, arch) for name in names for arch in (80, 90)], walks)
 
 
 # On a GPU -------------------------------------------------------------------------------------------------

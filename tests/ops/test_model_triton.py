@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from ops_helpers import normal
-from rows_cases import use_row_kernels
+from rows_cases import assert_step_does_not_wait, use_row_kernels
 from test_attention_triton import use_kernels as use_attention_kernels
 from triton_cases import interpret
 
@@ -117,10 +117,4 @@ class TestGpu:
             embeddings = model(**{**BATCH, "images": images, "tokens": tokens})
             sum(each.square().sum() for each in embeddings).backward()
 
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        assert_step_does_not_wait(step)
